@@ -43,7 +43,7 @@ def by_outliers(
         group, channel = sizes.unit_costs(layer)
         wish = even.num_query_groups * (1 - goes[layer]) / (1 - ratio)
         groups = sizes.nearest(layer, (wish, even.ffn_hidden_size)).num_query_groups
-        channels = ((1 - goes[layer]) * costs[layer] - groups * group) / channel
+        channels = ((1 - goes[layer]) * costs[layer] - groups * group) / channel if full.ffn_hidden_size else 0.0
         wanted.append((float(groups), min(float(full.ffn_hidden_size), max(1.0, channels))))
     return fit(source, wanted, budget, exempt=exempt, least=least)
 

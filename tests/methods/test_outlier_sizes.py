@@ -70,7 +70,8 @@ def test_layers_with_more_outliers_keep_more(name: str, source: ModelShape, thre
         if full.ffn_hidden_size:
             parts = left.num_query_groups * group + left.ffn_hidden_size * channel
             whole_layer = full.num_query_groups * group + full.ffn_hidden_size * channel
-            assert parts / whole_layer == pytest.approx(share, abs=0.02)
+            # A layer without FFN channels cannot make up for the rounding of its groups, so others do.
+            assert parts / whole_layer == pytest.approx(share, abs=0.04 if source is MIXED else 0.01)
             assert kept.ffn is not None
             assert kept.ffn[layer] == top(found.scores(name)[1][layer], left.ffn_hidden_size)
     if source is WIDE and bound > 0.05:  # groups come out alike, so channels are in the order of outliers
