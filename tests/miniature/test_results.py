@@ -17,56 +17,60 @@ from megatron_prune.study.analysis.results import Compared
 from megatron_prune.study.prunings import Places
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "miniature"
-SMALL = EXAMPLE / "small"
+# Pairs of runs, verdicts and answers of each study.
+STUDIES = {"small": (96, 32, 12), "large": (0, 0, 0)}
 
 
-@pytest.fixture(scope="module")
-def reported() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((SMALL / "results.json").read_text())
+def reported(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((EXAMPLE / name / "results.json").read_text())
     return found
 
 
-@pytest.fixture(scope="module")
-def records() -> dict[str, dict[str, Any]]:
+def recorded(name: str) -> dict[str, dict[str, Any]]:
     """The last line of every cell."""
-    lines = map(json.loads, (SMALL / "ledger.jsonl").read_text().splitlines())
+    lines = map(json.loads, (EXAMPLE / name / "ledger.jsonl").read_text().splitlines())
     return {line["cell"]: line for line in lines}
 
 
-def test_the_reports_statistics_come_out_of_the_ledger_again(reported, records, tmp_path) -> None:
-    study, places = schema.load(SMALL / "plan.yaml"), Places(tmp_path)
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_reports_statistics_come_out_of_the_ledger_again(name: str, tmp_path: Path) -> None:
+    results, records = reported(name), recorded(name)
+    study, places = schema.load(EXAMPLE / name / "plan.yaml"), Places(tmp_path)
     look = outlook.look(study, places, planned=True)
     compared = [
         Compared(made, look.lay.retrain(made.budget).steps * look.lay.batch.tokens, "finished")
         for made in look.estimated_grid(study).comparisons
         if made.pruned in records and made.scratch in records
     ]
-    assert len(compared) == 96  # of three seeds each
+    pairs, verdicts_of, answers_of = STUDIES[name]
+    assert len(compared) == pairs
     verdicts = conclusions.judge(study, places, compared, records)
-    assert len(verdicts) == len(reported["verdicts"]) == 32
-    for again, one in zip(verdicts, reported["verdicts"], strict=True):
+    assert len(verdicts) == len(results["verdicts"]) == verdicts_of
+    for again, one in zip(verdicts, results["verdicts"], strict=True):
         assert (again.method, again.setting, again.tokens) == (one["method"], one["setting"], one["tokens"])
         assert vars(again.test) == pytest.approx(one["test"]) and again.corrected == pytest.approx(one["corrected"])
     groups, windows = conclusions.finished_groups(compared), conclusions.DocumentWindows(study, places)
     answers, scatters = measures.Answers(study, places, windows), conclusions.scatters(groups, records)
     found = contrasts.answer(study, compared, groups, scatters, answers, records)
-    assert len(found) == len(reported["compare"]) == 12
-    for answer, one in zip(found, reported["compare"], strict=True):
+    assert len(found) == len(results["compare"]) == answers_of
+    for answer, one in zip(found, results["compare"], strict=True):
         assert answer.subject == one["subject"] and vars(answer.gap) == pytest.approx(one["gap"])
         assert answer.corrected == pytest.approx(one["corrected"])
 
 
-def test_results_md_has_the_tables_of_the_report(reported) -> None:
+@pytest.mark.parametrize("name", STUDIES)
+def test_results_md_has_the_tables_of_the_report(name: str) -> None:
     spec = importlib.util.spec_from_file_location("miniature_claims", EXAMPLE / "claims.py")
     assert spec is not None and spec.loader is not None
     claims = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(claims)
     page = (EXAMPLE / "RESULTS.md").read_text()
-    for line in claims.tables(reported).splitlines():
+    for line in claims.tables(reported(name)).splitlines():
         assert line in page
 
 
-def test_the_shipped_ledger_has_these_runs(records) -> None:
+def test_the_shipped_ledger_has_these_runs() -> None:
+    records = recorded("small")
     shipped = json.loads(ledgers.SHIPPED.read_text())
     rows = [row for row in shipped["rows"] if row["status"] == "finished"]
     assert len(rows) > 150
