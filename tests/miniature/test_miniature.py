@@ -174,11 +174,11 @@ def test_the_parents_text_is_never_repeated_and_the_rest_is_counted(whole) -> No
 
 def test_the_rate_is_that_of_the_best_scratch_run(tmp_path) -> None:
     rates = schema.load(EXAMPLE / "rate.yaml").recipe.rates
-    lines = [{"cell": f"scratch-x-lr{rate:g}", "lr": rate, "validation_loss": abs(rate - 0.002)} for rate in rates]
+    lines = [{"cell": f"scratch-x-lr{rate:g}", "lr": rate, "validation_loss": abs(rate - 0.008)} for rate in rates]
     lines += [{"cell": "pruned-x", "lr": rate, "validation_loss": -1.0} for rate in rates] + [{"cell": "parent"}]
     ledger = tmp_path / "ledger.jsonl"
     ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert plan.best_rate(ledger, EXAMPLE / "rate.yaml")[0] == 0.002
+    assert plan.best_rate(ledger, EXAMPLE / "rate.yaml")[0] == 0.008
     ledger.write_text(json.dumps(lines[0]) + "\n")
     with pytest.raises(DataError, match="expected scratch runs at .*: run .*rate.yaml to its end"):
         plan.best_rate(ledger, EXAMPLE / "rate.yaml")
