@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_prune.study import outlook, schema
+from megatron_prune.study import jobs, outlook, schema
 from megatron_prune.study.advise import ledgers
 from megatron_prune.study.analysis import conclusions, contrasts, measures
 from megatron_prune.study.analysis.results import Compared
@@ -18,7 +19,7 @@ from megatron_prune.study.prunings import Places
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "miniature"
 # Pairs of runs, verdicts and answers of each study.
-STUDIES = {"small": (96, 32, 12), "large": (0, 0, 0)}
+STUDIES = {"small": (96, 32, 12), "large": (18, 6, 3)}
 
 
 def reported(name: str) -> dict[str, Any]:
@@ -77,3 +78,19 @@ def test_the_shipped_ledger_has_these_runs() -> None:
     for row in rows:
         assert row["test_loss"] == records[row["cell"]]["test_loss"]
         assert row["tokens_train"] == records[row["cell"]]["tokens"]
+
+
+def test_the_large_study_goes_on_from_its_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unpacked, every cell of its plan is finished, and the next plan lacks scratch runs alone."""
+    with tarfile.open(EXAMPLE / "large" / "runs.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    left = {}
+    for plan in ("plan", "next"):
+        study = schema.load(EXAMPLE / "large" / f"{plan}.yaml")
+        places = Places(Path("runs") / study.name)
+        cells = jobs.all_cells(study, places, outlook.look(study, places, planned=True))
+        left[plan] = [cell.id for cell in cells if not cell.is_done()]
+    assert places.ledger.read_bytes() == (EXAMPLE / "large" / "ledger.jsonl").read_bytes()
+    assert left["plan"] == [] and len(left["next"]) == 6
+    assert all(cell.startswith("scratch-") and "equal-total" in cell for cell in left["next"])
