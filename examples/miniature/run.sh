@@ -14,8 +14,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source tools/setup_env.sh
-# Large arrays in huge pages, where the C library and the kernel have them.
-export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
+# Large arrays in huge pages, where the C library and the kernel have them, and memory that is used again.
+KEEP=glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4294967296
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:$KEEP}"
 
 HOURS="" SEEDS=3 SCALE="" CHANGED="" NAME=study RATE=rate
 while [ $# -gt 0 ]; do
