@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests import tiny
@@ -29,6 +30,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("MEGATRON_PRUNE_VERBOSE", "1")  # so that tests see the output of Megatron
+
+# Other work may share the machine: no example has a time.
+SLOW = hypothesis.HealthCheck.too_slow
+hypothesis.settings.register_profile("shared machine", deadline=None, suppress_health_check=[SLOW])
+hypothesis.settings.load_profile("shared machine")
 
 ROOT = Path(__file__).resolve().parents[1]
 WITH_TE = os.environ.get("MEGATRON_PRUNE_TE_TESTS") == "1"  # tests/run.sh --te sets it
