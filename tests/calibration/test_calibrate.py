@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -115,8 +115,11 @@ def hf_statistics(of: Path | torch.nn.Module, windows: np.ndarray) -> tuple[dict
     return found, loss
 
 
-def outliers(block: Any, sums: dict[str, np.ndarray], layer: int) -> list[int]:
-    """A block's weights, and how many have |w|·‖x‖ above 3, 5, 7 and 10 times the mean of all of them."""
+SITES = ("input_layernorm", "attention", "pre_mlp_layernorm", "mlp")
+
+
+def outliers(block: Any, sums: dict[str, np.ndarray], layer: int, sites: Sequence[str] = SITES) -> list[int]:
+    """A block's weights that read ``sites``, and how many have |w|·‖x‖ above 3, 5, 7 and 10 times the mean of all."""
     attention, mlp = block.self_attn, block.mlp
     scores = []
     for site, readers in (
@@ -125,7 +128,7 @@ def outliers(block: Any, sums: dict[str, np.ndarray], layer: int) -> list[int]:
         ("pre_mlp_layernorm", (mlp.gate_proj, mlp.up_proj)),
         ("mlp", (mlp.down_proj,)),
     ):
-        for reader in readers:
+        for reader in readers if site in sites else ():
             weight = reader.weight.detach().abs().numpy()
             scores.append((weight * np.sqrt(sums[f"{site}.sum_sq"][layer][: weight.shape[1]])).ravel())
     every = np.concatenate(scores)

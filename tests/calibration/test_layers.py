@@ -11,8 +11,17 @@ import pytest
 
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.structured import statistics as statistics_file
-from tests.calibration.test_calibrate import LAYOUTS, SEQUENCES, corpus_windows, flags, hf_statistics
+from tests.calibration.test_calibrate import (
+    LAYOUTS,
+    SEQUENCES,
+    SITES,
+    corpus_windows,
+    flags,
+    hf_statistics,
+    outliers,
+)
 from tests.calibration.test_gradients import saliencies
+from tests.reference import float64
 from tests.structured import layered
 
 
@@ -27,6 +36,9 @@ def oracle(tiny_hf: Callable[..., Path], tiny_corpus: Path) -> dict[str, np.ndar
     kept = layered.with_means(layered.selection())
     model, windows = layered.really_cut(tiny_hf("llama-gqa", layers=4), kept), corpus_windows(tiny_corpus)
     found = saliencies(model, windows)[0] | hf_statistics(model, windows)[0]
+    blocks: Any = float64(model).model.layers
+    for layer, sites in ((1, SITES[2:]), (3, SITES[:2])):
+        found["outliers"][layer] = outliers(blocks[layer], found, layer, sites)
     for layer, parts in ((1, ("input_layernorm", "attention", "qkv", "proj")), (3, ("pre_mlp", "mlp", "fc"))):
         for name in found:
             if name.startswith(parts):

@@ -256,6 +256,8 @@ def test_it_retrains_at_other_layouts_and_a_scratch_run_has_its_shape(
     assert pruned.pruning[-1]["settings"] == {
         "allocation": "uniform",
         "least_kept": 0.0,
+        "owl_threshold": None,
+        "owl_bound": None,
         "search_generations": None,
         "metric": "wifv",
         "compensate": True,

@@ -144,7 +144,7 @@ def test_candidates_that_are_not_finite_never_win() -> None:
         ({"search_generations": 0}, {}, "--search-generations: expected at least 1, got 0"),
         ({"allocation": "global"}, {}, "--search-generations: expected --allocation search with it, got "),
         ({"allocation": "uniform", "search_generations": None, "least_kept": 0.2}, {},
-         "--least-kept: expected --allocation global or search with it, got --allocation uniform"),
+         "--least-kept: expected --allocation owl, global or search with it, got --allocation uniform"),
         ({}, {"target_ffn_hidden_size": 48, "divisible_by": 4},
          "--allocation: expected --ratio or --target-params with it, got search for explicit sizes"),
         ({"least_kept": 0.9}, {}, "--least-kept: expected at most"),
