@@ -51,9 +51,10 @@ from megatron_prune.methods.accumulators import (
     Workspace,
     column_sums,
 )
+from megatron_prune.methods.allocation import OUTLIERS
 from megatron_prune.structured.candidate import Candidate, Run, with_accuracies, with_scores
 from megatron_prune.structured.candidates import Question
-from megatron_prune.structured.statistics import OUTLIERS, Statistics, site_shapes, tensor_shapes
+from megatron_prune.structured.statistics import Statistics, site_shapes, tensor_shapes
 
 KEEP_EVERY = 30  # seconds between two files with the scores of candidates so far
 

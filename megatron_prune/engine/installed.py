@@ -224,7 +224,7 @@ def _refuse_for_local_layers(args: argparse.Namespace) -> None:
 
 def _refuse_for_attention_on_cpu(args: argparse.Namespace) -> None:
     """Refuse settings that ``cpu_attention`` does not compute."""
-    if cpu.is_cpu() and _backend(args) == "fused" and (setting := cpu_attention.refused(args)):
+    if cpu.is_cpu() and cpu_attention.is_fused(args) and (setting := cpu_attention.refused(args)):
         raise UsageError(
             "--attention-backend", got=f"fused and {setting}", expected="unfused with this setting, without a GPU",
             why="the fused attention for CPUs is causal, without dropout, windows or sinks",

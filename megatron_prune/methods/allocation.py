@@ -36,6 +36,7 @@ import numpy as np
 
 from megatron_prune.errors import UsageError
 
+OUTLIERS = "outliers"  # the statistic of them: weights of a layer, and how many are above M times their mean score
 # The multiples M of the mean for which ``calibrate`` counts outliers for methods that cut units.
 THRESHOLDS = (3.0, 5.0, 7.0, 10.0)
 SCORE_BINS = 1 << 15  # values of the upper 16 bits of an fp32 number that is not negative

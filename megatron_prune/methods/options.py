@@ -10,8 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_prune.errors import UsageError
-from megatron_prune.settings import Settings, fraction, setting, unknown_key
-from megatron_prune.verbs.shared import LearningSettings
+from megatron_prune.settings import Settings, setting, unknown_key
+from megatron_prune.verbs.shared import (
+    ALLOCATIONS,
+    LearningSettings,
+    least_kept_setting,
+    owl_bound_setting,
+    owl_threshold_setting,
+    search_generations_setting,
+)
 
 METRICS = ("acc", "acc_norm")  # of a multiple-choice task
 ONE_METHOD = "settings of one method (of minitron-width, where the help names no other)"
@@ -123,25 +130,14 @@ class UnitOptions(Settings):
 
     allocation: str = setting(
         "uniform",
-        choices=("uniform", "owl", "global", "search"),
+        choices=ALLOCATIONS,
         metavar="HOW",
         help="flap, llm-pruner, wanda-sp: uniform (default), or layers differ: owl, global, search",
     )
-    least_kept: float = setting(
-        0.0,
-        kind=fraction,
-        metavar="F",
-        help="unless uniform: fraction of its weights or units that a layer keeps (default: 0)",
-    )
-    owl_threshold: float | None = setting(
-        None, metavar="M", help="a weight is an outlier above M times its layer's mean score (default: 5)"
-    )
-    owl_bound: float | None = setting(
-        None, metavar="L", help="with owl, the layers' ratios span twice L around --ratio (default: 0.08)"
-    )
-    search_generations: int | None = setting(
-        None, metavar="N", help="generations of --allocation search, of 16 trials each (default: 50)"
-    )
+    least_kept: float = least_kept_setting()
+    owl_threshold: float | None = owl_threshold_setting()
+    owl_bound: float | None = owl_bound_setting()
+    search_generations: int | None = search_generations_setting()
 
 
 @dataclass(frozen=True, kw_only=True)

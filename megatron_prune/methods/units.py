@@ -20,7 +20,7 @@ import torch
 from megatron_prune.checkpoint.layout import Axis, HeterogeneousShape, ModelShape
 from megatron_prune.errors import UsageError
 from megatron_prune.methods import layer_sizes, outlier_sizes
-from megatron_prune.methods.allocation import THRESHOLDS, OutlierWeighing
+from megatron_prune.methods.allocation import OUTLIERS, THRESHOLDS, OutlierWeighing
 from megatron_prune.methods.base import Budget, NearTie, PruningRequest, RankingMethod, Selection
 from megatron_prune.methods.evolution import Evolution
 from megatron_prune.methods.options import UnitOptions
@@ -43,7 +43,7 @@ class UnitMethod[O: UnitOptions](RankingMethod[O]):
         return settings.allocation != "uniform" or bool(self.exempt(settings))
 
     def needs(self, settings: O) -> tuple[str, ...]:
-        return *self.reads(settings), *(["outliers"] if settings.allocation == "owl" else [])
+        return *self.reads(settings), *([OUTLIERS] if settings.allocation == "owl" else [])
 
     @abstractmethod
     def reads(self, settings: O) -> tuple[str, ...]:
@@ -153,7 +153,7 @@ class UnitMethod[O: UnitOptions](RankingMethod[O]):
         """By the outliers of every layer."""
         settings = request.settings
         return outlier_sizes.by_outliers(
-            self._counted(request), request.statistics["outliers"], budget, weighing(settings),
+            self._counted(request), request.statistics[OUTLIERS], budget, weighing(settings),
             exempt=self.exempt(settings), least=settings.least_kept,
         )  # fmt: skip
 

@@ -25,6 +25,7 @@ from megatron_prune import artifacts, methods
 from megatron_prune.checkpoint.layout import HeterogeneousShape, ModelShape
 from megatron_prune.errors import CheckpointError, PlanError, UsageError
 from megatron_prune.methods import halving, options
+from megatron_prune.methods.allocation import OUTLIERS
 from megatron_prune.methods.base import (
     Budget,
     Method,
@@ -114,7 +115,7 @@ class Question:
                 )
             return statistics.tensors, 0
         needed = method.needs(self.settings)
-        if "outliers" in needed and "outliers" not in statistics.tensors:
+        if OUTLIERS in needed and OUTLIERS not in statistics.tensors:
             raise StatisticsError(
                 "--statistics: expected those of one calibration, since --allocation owl reads outliers, got merged "
                 "ones; calibrate on all windows at once"

@@ -52,12 +52,11 @@ from megatron_prune import artifacts
 from megatron_prune.checkpoint.layout import Axis, ModelShape
 from megatron_prune.errors import CheckpointError, MegatronPruneError
 from megatron_prune.methods.accumulators import COLUMN_SUMS, QUANTITIES, SALIENCIES
-from megatron_prune.methods.allocation import THRESHOLDS
+from megatron_prune.methods.allocation import OUTLIERS, THRESHOLDS
 from megatron_prune.methods.ranking import Accuracy
 from megatron_prune.untrusted import check, read_bytes
 
 VERSION = 1
-OUTLIERS = "outliers"
 _MOST_HEADER_BYTES = 1 << 20  # of the tensor file
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_prune.settings import Settings, count, fraction, setting
 
@@ -15,6 +16,26 @@ DOCUMENTS = ("file", "paragraph", "line")
 DTYPES = ("float32", "bfloat16", "float16")
 MODULES = ("qkv", "proj", "fc1", "fc2")
 ALLOCATIONS = ("uniform", "global", "owl", "search")
+
+
+# Flags of ``--allocation`` that sparse methods and those that cut units declare alike.
+
+
+def owl_threshold_setting() -> Any:
+    return setting(None, metavar="M", help="a weight is an outlier above M times its layer's mean score (default: 5)")
+
+
+def owl_bound_setting() -> Any:
+    return setting(None, metavar="L", help="with owl, the layers' ratios span twice L around --ratio (default: 0.08)")
+
+
+def search_generations_setting() -> Any:
+    return setting(None, metavar="N", help="generations of --allocation search, of 16 trials each (default: 50)")
+
+
+def least_kept_setting() -> Any:
+    words = "unless uniform: fraction of its weights or units that a layer keeps (default: 0)"
+    return setting(0.0, kind=fraction, metavar="F", help=words)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,15 +159,9 @@ class SparsitySettings(AmountSettings):
         metavar="F",
         help="with --allocation global: the fraction of its weights that every layer keeps (default: 0)",
     )
-    owl_threshold: float | None = setting(
-        None, metavar="M", help="a weight is an outlier above M times its layer's mean score (default: 5)"
-    )
-    owl_bound: float | None = setting(
-        None, metavar="L", help="the layers' ratios span twice L around --ratio (default: 0.08)"
-    )
-    search_generations: int | None = setting(
-        None, metavar="N", help="generations of --allocation search, of 16 trials each (default: 50)"
-    )
+    owl_threshold: float | None = owl_threshold_setting()
+    owl_bound: float | None = owl_bound_setting()
+    search_generations: int | None = search_generations_setting()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,21 +176,10 @@ class AnySparsitySettings(SparsitySettings):
         metavar="HOW",
         help="uniform (default), or ratios by layer: owl, global (one ranking of all) or search",
     )
-    owl_threshold: float | None = setting(
-        None, metavar="M", help="a weight is an outlier above M times its layer's mean score (default: 5)"
-    )
-    owl_bound: float | None = setting(
-        None, metavar="L", help="with owl, the layers' ratios span twice L around --ratio (default: 0.08)"
-    )
-    least_kept: float = setting(
-        0.0,
-        kind=fraction,
-        metavar="F",
-        help="unless uniform: fraction of its weights or units that a layer keeps (default: 0)",
-    )
-    search_generations: int | None = setting(
-        None, metavar="N", help="generations of --allocation search, of 16 trials each (default: 50)"
-    )
+    owl_threshold: float | None = owl_threshold_setting()
+    owl_bound: float | None = owl_bound_setting()
+    least_kept: float = least_kept_setting()
+    search_generations: int | None = search_generations_setting()
 
 
 @dataclass(frozen=True, kw_only=True)
