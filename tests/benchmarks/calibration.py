@@ -64,7 +64,7 @@ def measure(options: argparse.Namespace, load: str) -> int:
 
     from megatron_prune.calibration.gradients import GradientRecorder
     from megatron_prune.calibration.run import ActivationRecorder
-    from megatron_prune.engine import forward
+    from megatron_prune.engine import forward, outliers
 
     shape = ModelShape.from_args(vars(args))
     generator = torch.Generator().manual_seed(0)
@@ -84,7 +84,8 @@ def measure(options: argparse.Namespace, load: str) -> int:
         with ActivationRecorder(model[0], shape) as recorder:
             losses = forward.run(model, windows)
             assert losses is not None
-            recorder.gather(sum(losses))
+            tensors, _ = recorder.gather(sum(losses))
+        outliers.counts(model[0], shape, tensors)
         return clock() - started
 
     optimizer = torch.optim.AdamW(model[0].parameters(), lr=0.0) if options.gradients else None
