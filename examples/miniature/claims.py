@@ -67,7 +67,8 @@ def _gap(gap: Answer, digits: int = 3) -> str:
 def _name(one: Answer) -> str:
     pattern = " 2:4" if one["pattern"] == "2:4" else ""
     scratch = {"masked": ", scratch under its masks", "dense": ", dense scratch"}[one["against"]] * one["sparse"]
-    return f"{one['method']}{pattern}{scratch}, {one['ratio']:.1%} removed"
+    distilled = ", both distilled" * (one["objective"] == "distill")
+    return f"{one['method']}{pattern}{scratch}{distilled}, {one['ratio']:.1%} removed"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from megatron_prune.study.prunings import Places
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "miniature"
 # Pairs of runs, verdicts and answers of each study.
-STUDIES = {"small": (96, 32, 12), "large": (18, 6, 3)}
+STUDIES = {"small": (96, 32, 12), "large": (28, 8, 5)}
 
 
 def reported(name: str) -> dict[str, Any]:
@@ -59,15 +60,29 @@ def test_the_reports_statistics_come_out_of_the_ledger_again(name: str, tmp_path
         assert answer.corrected == pytest.approx(one["corrected"])
 
 
-@pytest.mark.parametrize("name", STUDIES)
-def test_results_md_has_the_tables_of_the_report(name: str) -> None:
+def tables(results: dict[str, Any]) -> str:
+    """What claims.py prints."""
     spec = importlib.util.spec_from_file_location("miniature_claims", EXAMPLE / "claims.py")
     assert spec is not None and spec.loader is not None
     claims = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(claims)
+    printed: str = claims.tables(results)
+    return printed
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_results_md_has_the_tables_of_the_report(name: str) -> None:
     page = (EXAMPLE / "RESULTS.md").read_text()
-    for line in claims.tables(reported(name)).splitlines():
+    for line in tables(reported(name)).splitlines():
         assert line in page
+
+
+def test_a_distilled_comparison_is_told_from_the_plain_one() -> None:
+    results = reported("large")
+    results["verdicts"][0]["objective"] = "distill"
+    printed = tables(results)
+    assert "| shortgpt, both distilled, 50.0% removed | equal training | 958,464 |" in printed
+    assert "(a) shortgpt, both distilled, 50.0% removed, 958,464 tokens" in printed
 
 
 def test_the_shipped_ledger_has_these_runs() -> None:
@@ -81,7 +96,7 @@ def test_the_shipped_ledger_has_these_runs() -> None:
 
 
 def test_the_large_study_goes_on_from_its_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unpacked, every cell of its plan is finished, and the next plan lacks scratch runs alone."""
+    """Unpacked, every cell of its plan is finished, and the next plan lacks what its first lines say."""
     with tarfile.open(EXAMPLE / "large" / "runs.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
@@ -92,5 +107,9 @@ def test_the_large_study_goes_on_from_its_records(tmp_path: Path, monkeypatch: p
         cells = jobs.all_cells(study, places, outlook.look(study, places, planned=True))
         left[plan] = [cell.id for cell in cells if not cell.is_done()]
     assert places.ledger.read_bytes() == (EXAMPLE / "large" / "ledger.jsonl").read_bytes()
-    assert left["plan"] == [] and len(left["next"]) == 6
-    assert all(cell.startswith("scratch-") and "equal-total" in cell for cell in left["next"])
+    assert left["plan"] == []
+    width = re.compile(r"scratch-L8h52.*-equal-total-")
+    depth = re.compile(r"prun(ing|ed)-shortgpt-r(75|87\.5)-|scratch-L[12]h80")
+    distilled = re.compile(r"(pruned-shortgpt-r50|scratch-L4h80).*-distill")
+    assert [sum(bool(kind.match(cell)) for cell in left["next"]) for kind in (width, depth, distilled)] == [3, 18, 6]
+    assert len(left["next"]) == 27
