@@ -101,15 +101,33 @@ def test_the_large_study_goes_on_from_its_records(tmp_path: Path, monkeypatch: p
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
     left = {}
-    for plan in ("plan", "next"):
+    for plan in ("plan", "distill", "next"):
         study = schema.load(EXAMPLE / "large" / f"{plan}.yaml")
         places = Places(Path("runs") / study.name)
         cells = jobs.all_cells(study, places, outlook.look(study, places, planned=True))
         left[plan] = [cell.id for cell in cells if not cell.is_done()]
     assert places.ledger.read_bytes() == (EXAMPLE / "large" / "ledger.jsonl").read_bytes()
-    assert left["plan"] == []
+    assert left["plan"] == left["distill"] == []
     width = re.compile(r"scratch-L8h52.*-equal-total-")
     depth = re.compile(r"prun(ing|ed)-shortgpt-r(75|87\.5)-|scratch-L[12]h80")
-    distilled = re.compile(r"(pruned-shortgpt-r50|scratch-L4h80).*-distill")
-    assert [sum(bool(kind.match(cell)) for cell in left["next"]) for kind in (width, depth, distilled)] == [3, 18, 6]
-    assert len(left["next"]) == 27
+    assert [sum(bool(kind.match(cell)) for cell in left["next"]) for kind in (width, depth)] == [3, 18]
+    assert len(left["next"]) == 21
+
+
+def test_the_distilled_losses_are_those_of_the_ledger() -> None:
+    records = recorded("large")
+    (found,) = json.loads((EXAMPLE / "large" / "distill.json").read_text())["teacher"]
+    cells = {
+        "pruned": "pruned-shortgpt-r50-s{}-t4800512{}",
+        "scratch": "scratch-L4h80H2G2d40F208-equal-training-t4800512{1}-s{0}",
+    }
+    for arm, cell in cells.items():
+        for kind, suffix in (("text alone", ""), ("distilled", "-distill")):
+            losses = [records[cell.format(seed, suffix)]["test_loss"] for seed in (1, 2, 3)]
+            assert found["losses"]["shortgpt, 50% removed"][f"{arm}, {kind}"] == losses
+    start, teacher = (effect["mean"] for effect in found["effects"][:2])
+    plain, distilled, scratch, scratch_distilled = (
+        sum(losses) / 3 for losses in found["losses"]["shortgpt, 50% removed"].values()
+    )
+    assert start == pytest.approx((scratch - plain + scratch_distilled - distilled) / 2)
+    assert teacher == pytest.approx((plain - distilled + scratch - scratch_distilled) / 2)
