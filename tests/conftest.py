@@ -22,7 +22,7 @@ import hypothesis
 import pytest
 
 from tests import tiny
-from tests.tiers import pytest_addoption, pytest_collection_modifyitems, pytest_runtest_call  # noqa: F401  # hooks
+from tests.tiers import pytest_addoption, pytest_collection_modifyitems, pytest_configure  # noqa: F401  # hooks
 from tests.waiting import GENEROUS
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from itertools import count
 from pathlib import Path
@@ -37,9 +38,66 @@ def test_the_fast_loop_has_tests_of_every_room():
 
 
 def test_durations_are_read_by_names_with_spaces(tmp_path):
-    (tmp_path / "d.txt").write_text("1.5 tests/a.py::test[a b-c]\n0.2 tests/b.py::test\n")
-    assert tiers.durations(tmp_path / "d.txt") == {"tests/a.py::test[a b-c]": 1.5, "tests/b.py::test": 0.2}
+    calls = {"tests/a.py::test[a b-c]": 1.5, "tests/b.py::test": 0.2}
+    measured: tiers.Measurements = {("call", name): (1, seconds) for name, seconds in calls.items()}
+    measured["setup", "tests/b.py::test"] = (1, 3.0)
+    tiers.write_measurements(tmp_path / "d.txt", measured)
+    assert tiers.durations(tmp_path / "d.txt") == calls
     assert tiers.durations(tmp_path / "none.txt") == {}
+
+
+TIMED = """
+import pytest
+
+def burn(seconds):
+    import time
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+@pytest.fixture(scope="module")
+def inner():
+    burn(0.3)
+
+@pytest.fixture(scope="module")
+def outer(inner, request):
+    request.getfixturevalue("late")
+    burn(0.5)
+
+@pytest.fixture(scope="module")
+def late():
+    yield burn(0.4)
+    burn(0.6)
+
+@pytest.fixture(params=["", "/"])
+def short(outer):
+    pass
+
+def test(short):
+    burn(0.7)
+"""
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["one process", "xdist"])
+def test_every_phase_is_measured_once(tmp_path, workers):
+    """Fixtures apart from the set-up that asks for them, and each without those that it asks for itself."""
+    import subprocess
+    import sys
+
+    (tmp_path / "test_timed.py").write_text(TIMED)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.tiers", "--measure", "d.txt", *workers]
+    command += ["--rootdir", tmp_path, "--import-mode=importlib", "test_timed.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(list(map(str, command)), check=True, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    measured = {key: seconds for key, (_, seconds) in tiers.read_measurements(tmp_path / "d.txt").items()}
+    expected = {
+        ("fixture", "inner test_timed.py"): 0.3, ("fixture", "outer test_timed.py"): 0.5,
+        ("fixture", "late test_timed.py"): 0.4, ("call", "test_timed.py::test[]"): 0.7,
+        ("call", "test_timed.py::test[/]"): 0.7, ("teardown", "test_timed.py::test[/]"): 0.6,
+    }  # fmt: skip
+    assert {key: measured[key] for key in expected} == pytest.approx(expected, abs=0.15)
+    assert measured["setup", tiers.OTHERS] == pytest.approx(0, abs=0.15)
+    assert measured["collection", "collection"] >= 0
 
 
 def test_the_work_of_other_processes_counts():

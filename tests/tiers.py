@@ -1,20 +1,29 @@
-"""Which tests run when, by measured duration: ``durations.txt``, processor seconds of a test and of all processes that
-it started.
+"""Which tests run when, by measured duration: ``durations.txt``, processor seconds of this process and all that it
+started.
 
-``--quick`` leaves out tests that took 0.4 seconds or more, tests marked ``slow`` or ``gpu``, and files with fixtures
-that take seconds. A test without a measurement is quick unless it starts ranks. ``tests/run.sh --quick`` does this with
-the files in ``quick.txt``: some of each room, since all files together take minutes. Under xdist, the longest files run
-first, so that all workers end together.
+``--quick`` leaves out tests whose call took 0.4 seconds or more, tests marked ``slow`` or ``gpu``, and files with
+fixtures that take seconds. A test without a measurement is quick unless it starts ranks. ``tests/run.sh --quick`` does
+this with the files in ``quick.txt``: some of each room, since all files together take minutes. Under xdist, the longest
+files run first, so that all workers end together.
 
-    python -m pytest --measure tests/durations.txt [FILES]     measures again; one process, on an idle machine
+    python -m tests.tiers --measure [ARGUMENTS OF PYTEST]     measures again, with the linters, and writes durations.txt
+    python -m tests.tiers                                     prints where the seconds of durations.txt go
+
+Processor time, not wall time: other work may share the machine. ``durations.txt`` has a line for each kind, number of
+times, seconds and name. A test has its call, its set-up without fixtures and its tear-down; a fixture is counted apart,
+since whoever needs it first would pay for all.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import subprocess
+import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tiers", "which tests run")
     group.addoption("--quick", action="store_true", help="only tests that take less than 0.4 seconds")
     group.addoption("--fuzz-minutes", type=float, default=0.0, help="go on for so long with each reader of tests/fuzz")
-    group.addoption("--measure", metavar="FILE", help="write what every test takes into FILE, where it is listed")
+    group.addoption("--measure", metavar="FILE", help="write into FILE what every test and fixture takes")
 
 
 @pytest.hookimpl(trylast=True)
@@ -64,26 +73,128 @@ def _is_quick(item: pytest.Item, taken: dict[str, float]) -> bool:
 
 
 def durations(path: Path) -> dict[str, float]:
-    """Processor seconds by the test's name."""
+    """Processor seconds of the calls of tests, by their names."""
+    return {name: seconds for (kind, name), (_, seconds) in read_measurements(path).items() if kind == "call"}
+
+
+# What was measured: (kind, name) -> (number of times, processor seconds). Kinds: see KINDS.
+Measurements = dict[tuple[str, str], tuple[int, float]]
+KINDS = ("linter", "collection", "fixture", "setup", "call", "teardown")
+OTHERS = "(all others)"  # the sum of what was too short to be listed
+
+
+def read_measurements(path: Path) -> Measurements:
     if not path.is_file():
         return {}
-    lines = (line.split(maxsplit=1) for line in path.read_text().splitlines())
-    return {name: float(seconds) for seconds, name in lines}
+    rows = (line.split("\t") for line in path.read_text().splitlines() if not line.startswith("#"))
+    return {(kind, name): (int(number), float(seconds)) for kind, number, seconds, name in rows}
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    asked = item.config.getoption("--measure")
-    before = processor_seconds() if asked else 0.0
-    yield
-    if asked:
-        path = item.config.invocation_params.dir / asked  # tests change the working directory
-        taken = durations(path)
-        taken.pop(item.nodeid, None)
-        seconds = processor_seconds() - before
-        if seconds >= SHORTEST or not RANKS.isdisjoint(getattr(item, "fixturenames", ())):
-            taken[item.nodeid] = seconds
-        path.write_text("".join(f"{taken[name]:.1f} {name}\n" for name in sorted(taken)))
+def write_measurements(path: Path, measured: Measurements, ranks: Iterable[str] = ()) -> None:
+    """``ranks``: tests that start ranks, which are listed however short they are."""
+    listed: Measurements = {}
+    long = set(ranks)
+    for (kind, name), (number, seconds) in measured.items():
+        is_listed = seconds >= SHORTEST or kind in ("linter", "collection") or (kind == "call" and name in long)
+        key = (kind, name if is_listed else OTHERS)
+        before = listed.get(key, (0, 0.0))
+        listed[key] = (before[0] + number, before[1] + seconds)
+    lines = [f"{kind}\t{number}\t{seconds:.1f}\t{name}\n" for (kind, name), (number, seconds) in sorted(listed.items())]
+    path.write_text("# kind, times, processor seconds, name: python -m tests.tiers --measure\n" + "".join(lines))
+
+
+def format_table(measured: Measurements, files: int = 15) -> str:
+    """Seconds by kind, then the dearest fixtures and files."""
+    by_kind: dict[str, tuple[int, float]] = dict.fromkeys(KINDS, (0, 0.0))
+    by_file: dict[str, float] = defaultdict(float)
+    for (kind, name), (number, seconds) in measured.items():
+        by_kind[kind] = (by_kind[kind][0] + number, by_kind[kind][1] + seconds)
+        if "::" in name:
+            by_file[name.partition("::")[0]] += seconds
+    dearest = sorted(((row[1], name) for (kind, name), row in measured.items() if kind == "fixture"), reverse=True)
+    lines = [f"{seconds:8.1f} s  {number:6d} x  {kind}" for kind, (number, seconds) in by_kind.items()]
+    lines.append(f"{sum(seconds for _, seconds in by_kind.values()):8.1f} s            total")
+    lines += ["", "fixtures:"] + [f"{seconds:8.1f} s  {name}" for seconds, name in dearest[:files]]
+    lines += ["", "files, without fixtures:"]
+    lines += [f"{seconds:8.1f} s  {name}" for name, seconds in sorted(by_file.items(), key=lambda row: -row[1])[:files]]
+    return "\n".join(lines)
+
+
+class Stopwatch:
+    """Measures one pytest process, and on xdist's controller adds up what its workers measured."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows: Measurements = {}
+        self.ranks: set[str] = set()
+        self.fixtures = 0.0  # of the set-up that is under way
+
+    def add(self, kind: str, name: str, seconds: float, number: int = 1) -> None:
+        before = self.rows.get((kind, name), (0, 0.0))
+        self.rows[kind, name] = (before[0] + number, before[1] + seconds)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_collection(self) -> Iterator[None]:
+        before = processor_seconds()
+        result = yield
+        self.add("collection", "collection", processor_seconds() - before)
+        return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
+        outer, self.fixtures = self.fixtures, 0.0
+        before = processor_seconds()
+        try:
+            return (yield)
+        finally:
+            whole = processor_seconds() - before
+            self.add("fixture", f"{fixturedef.argname} {fixturedef.baseid}".strip(), whole - self.fixtures)
+            self.fixtures = outer + whole
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
+        self.fixtures, before = 0.0, processor_seconds()
+        try:
+            return (yield)
+        finally:
+            self.add("setup", item.nodeid, processor_seconds() - before - self.fixtures)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
+        if not RANKS.isdisjoint(getattr(item, "fixturenames", ())):
+            self.ranks.add(item.nodeid)
+        fixtures, before = self.fixtures, processor_seconds()
+        try:
+            return (yield)
+        finally:  # a fixture that a test asks for in its call counts as a fixture
+            self.add("call", item.nodeid, processor_seconds() - before - (self.fixtures - fixtures))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Iterator[None]:
+        before = processor_seconds()
+        try:
+            return (yield)
+        finally:
+            self.add("teardown", item.nodeid, processor_seconds() - before)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workerinput"):
+            rows = [(*key, *row) for key, row in self.rows.items()]
+            session.config.workeroutput["measured"] = (rows, sorted(self.ranks))
+        else:
+            write_measurements(self.path, self.rows, self.ranks)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        rows, ranks = getattr(node, "workeroutput", {}).get("measured", ((), ()))
+        for kind, name, number, seconds in rows:
+            self.add(kind, name, seconds, number)
+        self.ranks.update(ranks)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if path := config.getoption("--measure"):
+        config.pluginmanager.register(Stopwatch(config.invocation_params.dir / path), "stopwatch")
 
 
 def processor_seconds() -> float:
@@ -103,3 +214,33 @@ def processor_seconds() -> float:
         total += used.get(pid, 0)
         waiting += children[pid]
     return total / _HERTZ
+
+
+LINTERS = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
+
+
+def measure(arguments: list[str]) -> int:
+    """Time the linters and the tests, and write ``durations.txt``; pytest's exit code."""
+    linters: Measurements = {}
+    for command in LINTERS:
+        before = processor_seconds()
+        subprocess.run(command, check=False, cwd=DURATIONS.parents[1])
+        linters["linter", " ".join(command)] = (1, processor_seconds() - before)
+    pytest_command = [sys.executable, "-m", "pytest", "--measure", str(DURATIONS), *arguments]
+    code = subprocess.run(pytest_command, check=False).returncode
+    measured = read_measurements(DURATIONS)
+    write_measurements(DURATIONS, measured | linters, ranks=durations(DURATIONS))
+    return code
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.tiers", description="Where the tests' seconds go.")
+    parser.add_argument("--measure", action="store_true", help="measure again; other arguments go to pytest")
+    options, arguments = parser.parse_known_args(argv)
+    code = measure(arguments) if options.measure else 0
+    print(format_table(read_measurements(DURATIONS)))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
