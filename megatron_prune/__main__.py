@@ -82,16 +82,17 @@ def main(argv: list[str] | None = None) -> int:
             code: int = command(verb, "main")(rest)
         return code
     except MegatronPruneError as error:
-        text = screen.printable(str(error), lines=error.lines)
+        text, code = screen.printable(str(error), lines=error.lines), error.exit_code
     except OSError as error:
         if isinstance(error, BrokenPipeError) or not untrusted.is_explained(error):
             raise
         text = screen.printable(untrusted.explain(error, error.filename or "a file", "read or written"), lines=False)
+        code = EXIT_REFUSED
     if os.environ.get("RANK", "0") != "0":
         # Rank 0 prints the same error. The launcher kills all ranks once one exits, so wait for rank 0.
         time.sleep(3)
     print(f"megatron-prune {verb}: {text}", file=sys.stderr, flush=True)
-    return EXIT_REFUSED
+    return code
 
 
 def command(verb: str, part: str) -> Callable[..., Any]:

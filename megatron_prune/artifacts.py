@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from megatron_prune import storage
 from megatron_prune.claims import claim
-from megatron_prune.errors import CheckpointError, MegatronPruneError, StorageError, UsageError
+from megatron_prune.errors import CheckpointError, MegatronPruneError, StorageError, UsageError, error_chain
 from megatron_prune.untrusted import explain, refuse_link_outside
 from megatron_prune.untrusted import read_json as read_json
 
@@ -263,22 +263,22 @@ def check_space(target: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def explain_full_disk(target: Path, kept: str = "nothing was kept") -> Iterator[None]:
-    """Turn any error in the block that a full disk caused into a CheckpointError; ``kept`` says what is left."""
+    """Turn any error in the block that a full disk caused, or the limit on the size of files, into a CheckpointError;
+    ``kept`` says what is left."""
     try:
         yield
     except BaseException as error:
-        if not _is_full_disk(error) or storage.is_stored(target):
+        refusal = disk_refusal(error)
+        if refusal is None or storage.is_stored(target):
             raise
-        free = shutil.disk_usage(target.absolute().parent).free
-        raise CheckpointError(
-            f"no space left while writing {target} ({free / 1e9:.2f} GB free): {kept}; "
-            "free some space or choose another output"
-        ) from error
+        what, remedy = _name_refusal(refusal, "writing", target)
+        raise CheckpointError(f"{what}: {kept}; {remedy} or choose another output") from error
 
 
 @contextlib.contextmanager
 def explain_failed_save(save: Path | None) -> Iterator[None]:
-    """Raise CheckpointError if Megatron's save failed because the disk is full; Megatron's own error does not say."""
+    """Raise CheckpointError if Megatron's save failed because the disk is full or a file is too large; Megatron's own
+    error does not say."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
@@ -286,18 +286,24 @@ def explain_failed_save(save: Path | None) -> Iterator[None]:
     except (CheckpointException, OSError) as error:
         if save is None or storage.is_stored(save) or not save.is_dir():
             raise
-        usage = shutil.disk_usage(save)
-        if usage.free > max(16 << 20, usage.total // 1000) and not _is_full_disk(error):
+        usage, refusal = shutil.disk_usage(save), disk_refusal(error)
+        if usage.free > max(16 << 20, usage.total // 1000) and refusal is None:
             raise
-        raise CheckpointError(
-            f"no space left while saving to {save} ({usage.free / 1e9:.2f} GB free): earlier saves are complete; "
-            "free some space and run the same command again"
-        ) from error
+        what, remedy = _name_refusal(refusal, "saving to", save)
+        raise CheckpointError(f"{what}: earlier saves are complete; {remedy} and run the same command again") from error
 
 
-def _is_full_disk(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def disk_refusal(error: BaseException) -> OSError | None:
+    """The error in the chain of ``error`` with which the system refused to store more: a full disk, a quota, or the
+    limit on the size of files; None if there is none."""
+    refusals = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    chain = (one for one in error_chain(error) if isinstance(one, OSError) and one.errno in refusals)
+    return next(chain, None)
+
+
+def _name_refusal(refusal: OSError | None, verb: str, path: Path) -> tuple[str, str]:
+    """What stopped ``verb`` (``writing``) to ``path``, and the remedy."""
+    if refusal is not None and refusal.errno == errno.EFBIG:
+        return f"the limit on the size of files was reached while {verb} {path}", "raise it (ulimit -f unlimited)"
+    free = shutil.disk_usage(path if path.is_dir() else path.absolute().parent).free
+    return f"no space left while {verb} {path} ({free / 1e9:.2f} GB free)", "free some space"

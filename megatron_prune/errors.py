@@ -6,13 +6,17 @@ Any other exception is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 EXIT_REFUSED = 2
 EXIT_NEEDS_SCORES = 3  # `plan` has written its candidates; `calibrate --score` must run before it can choose
+EXIT_NOT_FINITE = 4  # a loss, a gradient or a weight of a training run is NaN or infinite
 
 
 class MegatronPruneError(Exception):
     """A problem that the user can fix; the message says how, on one line unless ``lines`` is set."""
 
+    exit_code = EXIT_REFUSED
     lines = False  # the message may have several lines; otherwise a line break in it is part of a name
 
 
@@ -62,3 +66,18 @@ class RunError(MegatronPruneError):
     """A launched job that ended without a record of its success."""
 
     lines = True
+
+
+class NotFiniteError(RunError):
+    """A training run whose loss, gradients or weights are NaN or infinite."""
+
+    exit_code = EXIT_NOT_FINITE
+
+
+def error_chain(error: BaseException | None) -> Iterator[BaseException]:
+    """``error``, then what caused it, and so on, each once: chains can be cyclic."""
+    passed: set[int] = set()
+    while error is not None and id(error) not in passed:
+        passed.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__

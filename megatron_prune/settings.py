@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -121,6 +122,8 @@ class Flag:
             value = self.type(text)
         except ValueError as error:
             raise UsageError(called, got=text, expected=_KINDS[self.type]) from error
+        if self.type is float and not math.isfinite(value):
+            raise UsageError(called, got=text, expected="a finite number")
         if self.choices is not None and value not in self.choices:
             raise UsageError(called, got=text, expected=f"one of {', '.join(self.choices)}")
         return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prune import artifacts
-from megatron_prune.errors import MegatronPruneError
+from megatron_prune.errors import CheckpointError, MegatronPruneError
 
 
 @pytest.fixture
@@ -132,3 +133,19 @@ def test_what_is_outside_of_a_folder_is_not_copied_with_it(
     with pytest.raises(MegatronPruneError, match="is a link to .*, outside of"):
         artifacts.copy_directory(source, target)
     assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.ENOSPC, "no space left while writing .*; free"), (errno.EFBIG, "limit on the size of files .*ulimit -f")],
+)
+def test_a_disk_that_refused_is_found_in_a_cyclic_chain_of_errors(tmp_path: Path, number: int, said: str) -> None:
+    """Megatron raises errors whose causes lead in a circle (an fp32 run that is resumed with --bf16)."""
+    first, second = ValueError("first"), OSError(number, os.strerror(number))
+    first.__cause__, second.__context__ = second, first
+    with pytest.raises(CheckpointError, match=said), artifacts.explain_full_disk(tmp_path / "made"):
+        raise first
+    first.__cause__ = other = ValueError("second")
+    other.__context__ = first
+    with pytest.raises(ValueError, match="first"), artifacts.explain_full_disk(tmp_path / "made"):
+        raise first

@@ -29,7 +29,17 @@ from megatron_prune.checkpoint.tracker import (
     repair_tracker,
 )
 from megatron_prune.data import tokenizers
-from megatron_prune.engine import cpu, fp8, from_checkpoint, installed, layers, parallel_residual, refusals, vocabulary
+from megatron_prune.engine import (
+    argument_checks,
+    cpu,
+    fp8,
+    from_checkpoint,
+    installed,
+    layers,
+    parallel_residual,
+    refusals,
+    vocabulary,
+)
 from megatron_prune.errors import CheckpointError, CommandLineError, UsageError
 from megatron_prune.settings import Settings, add_flags, nearest
 
@@ -75,6 +85,8 @@ def parse(
     vars(args).update({} if own is None else own.to_json())
     refusals.refuse_without_effect(parsers[0], args, argv)
     _refuse_unfit_numbers(args)
+    argument_checks.check_finite(parsers[0], args)
+    argument_checks.check_numbers(args)
     _refuse_unfit_ranks(args)
     if args.bf16 and args.fp16:
         raise UsageError("--bf16, --fp16", expected="at most one of them", got="both")
@@ -101,12 +113,14 @@ def parse(
     installed.settle(args)
     if args.tokenizer_type == "HuggingFaceTokenizer" and args.tokenizer_model is not None:
         tokenizers.refuse_absent(args.tokenizer_model)  # Megatron will load it
-    with layers.unseen(args):
+    argument_checks.check_shape(args)
+    with layers.unseen(args), argument_checks.explain_assertions():
         validate_args(args, {})
     layers.refuse_unfit(args)
     fp8.refuse_unfit(args)
     args.use_checkpoint_args = False  # done: they must not be read again
-    set_global_variables(args)
+    with argument_checks.explain_assertions():
+        set_global_variables(args)
     vocabulary.settle(args, given=from_checkpoint.given(argv, "--vocab-size"))
     parsed: argparse.Namespace = args
     return parsed

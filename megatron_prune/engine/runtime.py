@@ -22,7 +22,16 @@ from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.tracker import iteration_directory
 from megatron_prune.data import tokenizers
 from megatron_prune.data.tokenizers import Tokenizer
-from megatron_prune.engine import cpu, from_checkpoint, layers, network, parallel_residual, patches, safe_loading
+from megatron_prune.engine import (
+    argument_checks,
+    cpu,
+    from_checkpoint,
+    layers,
+    network,
+    parallel_residual,
+    patches,
+    safe_loading,
+)
 from megatron_prune.engine.arguments import Complete, parse
 from megatron_prune.engine.vocabulary import mask_padding
 from megatron_prune.errors import CheckpointError, UsageError
@@ -62,11 +71,12 @@ def model_config(args: argparse.Namespace) -> Any:
     """Megatron's model config from its arguments, with what it omits: RoPE's factor, and parallel residuals."""
     from megatron.training.argument_utils import gpt_config_from_args
 
-    if layers.differ(args):
-        config = gpt_config_from_args(args, layers.transformer_config(args))
-        config.transformer_layer_spec = layers.layer_spec
-    else:
-        config = gpt_config_from_args(args)
+    with argument_checks.explain_assertions():
+        if layers.differ(args):
+            config = gpt_config_from_args(args, layers.transformer_config(args))
+            config.transformer_layer_spec = layers.layer_spec
+        else:
+            config = gpt_config_from_args(args)
     config.rope_scaling_factor = args.rope_scaling_factor
     if args.parallel_residual:
         config.pre_wrap_hooks.append(parallel_residual.attach)

@@ -151,6 +151,7 @@ class _Attempt(TypedDict, total=False):
     world_size: int | None
     device: Device | None
     versions: dict[str, str]
+    ended: str  # why it ended before its last step, where the run itself ended it
 
 
 # The types of ``account.json``: those of the fields above, and more precisely where readers look inside.
@@ -271,6 +272,13 @@ class AccountRecorder:
         last = self.account.attempts[-1] if self.account.attempts else None
         if last is not None and "seconds" not in last:
             last["seconds"] = round(max((self.save / LOSSES).stat().st_mtime - last["began"], 0.0), 3)
+
+    def end_attempt(self, why: str) -> None:
+        """Write that the run has ended this attempt, and why; the run is not complete."""
+        if self._table is not None:
+            self._table.close()
+            self.account.attempts[-1] |= {"seconds": round(time.time() - self.began, 3), "ended": why}
+            self.account.write(self.save)
 
     def finish(self, *, final: dict[str, Any] | None, parameters_nonzero: int) -> None:
         """Close the table and write the account's final state.

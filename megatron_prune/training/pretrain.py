@@ -26,9 +26,9 @@ from megatron_prune.checkpoint.reader import HUGGINGFACE_FOLDER, open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration
 from megatron_prune.claims import writing
 from megatron_prune.data.streams import parse_range
-from megatron_prune.engine import from_checkpoint, optimizer_layout, runtime
-from megatron_prune.errors import CheckpointError, UsageError
-from megatron_prune.training import batch_flags, distillation, lineage
+from megatron_prune.engine import argument_checks, from_checkpoint, optimizer_layout, runtime
+from megatron_prune.errors import CheckpointError, NotFiniteError, UsageError
+from megatron_prune.training import batch_flags, distillation, lineage, not_finite
 from megatron_prune.training.account import (
     ACCOUNT,
     Account,
@@ -119,6 +119,7 @@ def complete(args: argparse.Namespace, argv: list[str]) -> None:
     distillation.complete_arguments(args, functools.partial(from_checkpoint.given, argv))
     begin_with_checkpoint(args)
     optimizer_layout.prepare(args)
+    argument_checks.check_recipe(args)
     if args.save is not None and args.save_interval is None:
         args.save_interval = args.train_iters or sys.maxsize  # at least the last step is saved
     if args.eval_interval is None:
@@ -244,7 +245,8 @@ def _train(
         step = distillation.Distillation(args, CachedTargets(cache)).forward_step
     recorder = _OnFirstStep(args, save, initial, provider, zeros, unique, objective)
     training.training_log = recorder.wrap(training.training_log)
-    training.save_checkpoint = recorder.settle_before(training.save_checkpoint)
+    guarded = not_finite.guard_save(training.save_checkpoint, recorder.is_loss_finite, save)
+    training.save_checkpoint = recorder.settle_before(guarded)
     training.print_rank_last = _on_the_screen_too(training.print_rank_last)
     model: list[torch.nn.Module] = []
 
@@ -258,8 +260,19 @@ def _train(
         return chunks
 
     config.post_wrap_hooks += [keep, without_padding]
-    with explain_failed_save(save):
-        pretrain(pretrain_cfg_container_from_args(args, config), provider, ModelType.encoder_or_decoder, step)
+    try:
+        with (
+            explain_failed_save(save),
+            argument_checks.explain_assertions(AssertionError, ImportError),
+            not_finite.explain_failed_validation(save, lambda: recorder.last_step),
+        ):
+            pretrain(pretrain_cfg_container_from_args(args, config), provider, ModelType.encoder_or_decoder, step)
+            if save is None:
+                not_finite.refuse_not_finite(model, recorder.is_loss_finite(), recorder.last_step, save)
+    except NotFiniteError as error:
+        if recorder.recorder is not None:
+            recorder.recorder.end_attempt(str(error))
+        raise
 
     if zeros is not None:
         zeros.audit("at the end")
@@ -328,6 +341,7 @@ class _OnFirstStep:
         self.unique, self.objective = unique, objective
         self.recorder: AccountRecorder | None = None
         self.last_step = 0
+        self.loss_is_finite = True
 
     def wrap(self, training_log: Any) -> Any:
         """Megatron's ``training_log`` with our listener before it; the last rank has the reduced loss."""
@@ -337,10 +351,11 @@ class _OnFirstStep:
         def listening(*positional: Any, **named: Any) -> Any:
             values = signature.bind(*positional, **named).arguments
             self.last_step = values["iteration"]
+            loss = values["loss_dict"].get("lm loss")  # on the last pipeline stage
+            self.loss_is_finite = loss is None or bool(torch.isfinite(loss))
             if self.save is not None and self.args.rank == self.args.world_size - 1:
                 if self.recorder is None:
                     self.recorder = self._open()
-                loss = values["loss_dict"].get("lm loss")
                 self.recorder.step(
                     values["iteration"],
                     float("nan") if loss is None else loss.item(),
@@ -363,6 +378,10 @@ class _OnFirstStep:
             return save(*positional, **named)
 
         return settled
+
+    def is_loss_finite(self) -> bool:
+        """False on the rank that has the loss, if that of its last step is NaN or infinite."""
+        return self.loss_is_finite
 
     def take_schedule(self) -> bool:
         """Bring the account up to the schedule of batches, if there is one."""
