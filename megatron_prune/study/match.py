@@ -169,7 +169,7 @@ def unseen(runs: Runs, setting: str) -> list[Line]:
     own = runs.pruned["stream"]
     start, stop = runs.pruned["range"]
     lines = []
-    before = lineage.trainings(runs.parent)
+    before = lineage.seen(runs.parent)
     between = lineage.seen(runs.pruned["lineage"][len(runs.parent) :])
     for stage in (*before, *between):
         who = "the parent" if len(before) == 1 and stage is before[0] else stage["run"]
@@ -238,7 +238,8 @@ def _words(stage: Stage) -> str:
 
 def recipes(runs: Runs, setting: str) -> list[Line]:
     """Differences of every training behind the pruned arm from the arms; AccountError if its tokens cannot count."""
-    stages = lineage.trainings(runs.pruned["lineage"])
+    own = runs.pruned["lineage"]
+    stages = [*lineage.seen(own[: len(runs.parent)]), *lineage.trainings(own[len(runs.parent) :])]
     arms = lineage.recipe_of(runs.scratch["arguments"])
     lines: list[Line] = []
     for number, stage in enumerate(stages, 1):

@@ -186,6 +186,11 @@ def begins_at_random(stages: Sequence[Stage]) -> bool:
     return bool(stages) and stages[0]["kind"] == "trained" and stages[0]["start"] is None
 
 
+def first_shape(stages: Iterable[Stage]) -> dict[str, Any] | None:
+    """The shape that the weights began with; None if they have it still, as no pruning changed it."""
+    return next((stage["source"] for stage in stages if stage["kind"] == "pruned"), None)
+
+
 def tokens(stages: Iterable[Stage]) -> int:
     """Tokens of all stages."""
     return sum(int(stage["tokens"]) for stage in stages)
