@@ -34,7 +34,7 @@ from megatron_prune.structured.candidate import Candidate
 from megatron_prune.structured.candidates import Question
 from megatron_prune.structured.judge import loss_text
 from megatron_prune.structured.statistics import Retrained, Statistics
-from megatron_prune.training.account import read_account
+from megatron_prune.training.account import read_account, total_flops
 
 OWN = ("--load", "--save", "--pretrained-checkpoint", "--use-checkpoint-args", "--shape-from", "--masks")
 PRECISION = {"float32": None, "bfloat16": "--bf16", "float16": "--fp16"}
@@ -243,9 +243,9 @@ class _Trial:
                 raise RunError(f"{name} of {self.candidate.label} ended with {code}. The end of {log}:\n{tail}")
         account = read_account(self.retrained / "account.json")
         if self._diverged:
-            return Retrained(math.inf, account["tokens"], account["flops_executed"], self.recipe.id)
+            return Retrained(math.inf, account["tokens"], total_flops(account), self.recipe.id)
         after = statistics_file.read(self.statistics)
-        flops = account["flops_executed"] + after.provenance()["flops"]
+        flops = total_flops(account) + after.provenance()["flops"]
         return Retrained(after.loss, account["tokens"], flops, self.recipe.id)
 
     @property

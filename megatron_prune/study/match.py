@@ -32,9 +32,10 @@ from typing import Any
 
 from megatron_prune.data.blend import intersecting
 from megatron_prune.errors import AccountError
-from megatron_prune.study.pair import ACCOUNTED, ALLOWED, OWN_STEPS, TOLERANCE, Account, Line, Runs
+from megatron_prune.study.pair import ACCOUNTED, ALLOWED, OWN_STEPS, TOLERANCE, Line, Runs
 from megatron_prune.study.sample_ranges import counted
 from megatron_prune.training import lineage, objective
+from megatron_prune.training.account import total_flops
 from megatron_prune.training.lineage import Stage
 
 NAMED = "differs: these tokens are counted as the parent's own recipe spent them"
@@ -98,7 +99,7 @@ def equal_flops(runs: Runs, parent_flops: int, spent: int, *, declared: int = 0)
     runs.whole(setting)
     _refuse_another_sum(runs, setting, "FLOPs", parent_flops, declared)
     lines = runs.accounted(setting, ACCOUNTED) + _common(runs, setting)
-    step = _flops(runs.scratch) // runs.scratch["steps"]
+    step = total_flops(runs.scratch) // runs.scratch["steps"]
     lines.append(_total(runs, setting, "FLOPs", parent_flops, spent, step, declared))
     return [*lines, *recipes(runs, setting), *runs.arguments(setting, ALLOWED | OWN_STEPS)]
 
@@ -119,7 +120,7 @@ def _common(runs: Runs, setting: str) -> list[Line]:
 
 def _total(runs: Runs, setting: str, unit: str, parent: int, spent: int, step: int, declared: int) -> Line:
     """Scratch must have as many tokens or FLOPs as the whole pruned arm, within one step or 0.1%."""
-    amount = _flops if unit == "FLOPs" else operator.itemgetter("tokens")
+    amount = total_flops if unit == "FLOPs" else operator.itemgetter("tokens")
     retrained, found = amount(runs.pruned), amount(runs.scratch)
     own = lineage.trainings(runs.pruned["lineage"][len(runs.parent) :])
     between = (lineage.tokens if unit == "tokens" else lineage.flops)(own)
@@ -159,17 +160,12 @@ def equal_but_for_teacher(runs: Runs, *, own_steps: bool) -> list[Line]:
     return [*lines, *runs.arguments(setting, ALLOWED | taught | (OWN_STEPS if own_steps else {}))]
 
 
-def _flops(account: Account) -> int:
-    """FLOPs of a training and of its teacher's forward pass over the same samples."""
-    return int(account["flops_executed"]) + int(account.get("flops_teacher", 0))
-
-
 def unseen(runs: Runs, setting: str) -> list[Line]:
     """No stage behind the pruned arm may have seen its retraining samples."""
     own = runs.pruned["stream"]
     start, stop = runs.pruned["range"]
     lines = []
-    before = lineage.trainings(runs.parent)
+    before = lineage.seen(runs.parent)
     between = lineage.seen(runs.pruned["lineage"][len(runs.parent) :])
     for stage in (*before, *between):
         who = "the parent" if len(before) == 1 and stage is before[0] else stage["run"]
@@ -238,7 +234,8 @@ def _words(stage: Stage) -> str:
 
 def recipes(runs: Runs, setting: str) -> list[Line]:
     """Differences of every training behind the pruned arm from the arms; AccountError if its tokens cannot count."""
-    stages = lineage.trainings(runs.pruned["lineage"])
+    own = runs.pruned["lineage"]
+    stages = [*lineage.seen(own[: len(runs.parent)]), *lineage.trainings(own[len(runs.parent) :])]
     arms = lineage.recipe_of(runs.scratch["arguments"])
     lines: list[Line] = []
     for number, stage in enumerate(stages, 1):

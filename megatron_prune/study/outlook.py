@@ -265,7 +265,7 @@ def _lay(study: StudyConfig, source: ModelShape | None, stages: Sequence[Stage],
         flops = source.training_flops(batch.seq_length) * samples if source else None
         return Lay(batch, samples, steps * batch.tokens, flops)
     tokens, flops, end = lineage.tokens(stages), lineage.flops(stages), end_on_stream(study, stages, planned=planned)
-    if not all(stage["complete"] is True for stage in lineage.trainings(stages)):
+    if not all(stage["complete"] is True for stage in lineage.seen(stages)):
         raise UsageError("parent.load", got=parent.load, expected="a run whose account is complete")
     if lineage.begins_at_random(stages):
         if parent.declared_tokens not in (None, tokens):
@@ -278,7 +278,8 @@ def _lay(study: StudyConfig, source: ModelShape | None, stages: Sequence[Stage],
     declared = parent.declared_tokens
     if declared is None:
         return Lay(batch, end, None)
-    first = ModelShape.read(stages[0]["source"]) if stages and stages[0]["kind"] == "pruned" else source
+    origin = lineage.first_shape(stages)  # what is declared was read before the first pruning
+    first = source if origin is None else ModelShape.read(origin)
     before = first.training_flops(batch.seq_length) * declared // batch.seq_length if first else None
     after = None if before is None else before + flops
     return Lay(batch, end, declared + tokens, after, declared, before)
@@ -323,7 +324,7 @@ def end_on_stream(study: StudyConfig, stages: Sequence[Stage], *, planned: bool 
 
     ``planned``: while the corpora do not exist, the stream is assumed to be that of the stages.
     """
-    trainings = [stage for stage in lineage.trainings(stages) if stage["stream"] is not None]
+    trainings = [stage for stage in lineage.seen(stages) if stage["stream"] is not None]
     if not trainings:
         return 0
     if planned and absent_corpora(study):

@@ -235,7 +235,7 @@ def _check_near_duplicates(study: StudyConfig, limit: float, places: Places) -> 
 
 def check_unseen(study: StudyConfig, stages: Sequence[Stage]) -> None:
     """UsageError or DataError if a stage has seen text of the study, or may have and no reason is declared."""
-    trainings = lineage.trainings(stages)
+    trainings = lineage.seen(stages)
     if not trainings:
         return
     own = stream_of(study)
@@ -317,7 +317,7 @@ def check_ranges(study: StudyConfig, outlook: Outlook, stream: Mapping[str, Any]
 
 def _runs(study: StudyConfig, outlook: Outlook, stream: Mapping[str, Any]) -> Iterator[tuple[str, SampleRange, Seen]]:
     """Every training cell, with its samples and the history of its weights."""
-    lay, before = outlook.lay, lineage.trainings(outlook.stages)
+    lay, before = outlook.lay, lineage.seen(outlook.stages)
     if not stream["id"]:  # missing corpora: assume that the parent was trained on their stream
         before = [{**stage, "stream": stream} for stage in before if stage["stream"] is not None]
     if study.parent.pretrain is not None:
@@ -328,7 +328,8 @@ def _runs(study: StudyConfig, outlook: Outlook, stream: Mapping[str, Any]) -> It
         retraining = outlook.needs[pruning.name].retraining
         if retraining:
             samples = lay.retrain(retraining.tokens, pruning.trained)
-            yield f"methods.{pruning.method.tag}'s candidates", samples, _behind(pruning, outlook, stream, before)
+            seen = _behind(pruning, outlook, stream, before) + _learned(study, lay, pruning.base, stream)
+            yield f"methods.{pruning.method.tag}'s candidates", samples, seen
         if pruning.method.tokens:
             seen = _behind(pruning, outlook, stream, before) + _learned(study, lay, pruning.base, stream)
             yield f"methods.{pruning.method.tag}'s masks", learning_samples(study, lay, pruning), seen

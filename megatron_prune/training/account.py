@@ -12,6 +12,7 @@ import csv
 import io
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, get_type_hints
@@ -63,6 +64,8 @@ class Account:
     schedule: dict[str, Any] | None = None  # and what came of it (training/scheduled_batches.py)
     objective: dict[str, Any] = field(default_factory=lambda: dict(LM))  # training/objective.py
     flops_teacher: int = 0  # the teacher's forward pass over the run's samples: in the run, or earlier for a cache
+    flops_recomputed: int = 0  # activations that the backward passes computed again; in no sum that is compared
+    flops_replayed: int = 0  # of the steps in ``replayed``, with their teacher and recomputation; likewise
     complete: bool = False
     tokens: int = 0
     tokens_computed: int = 0  # including replayed steps once more
@@ -191,6 +194,11 @@ def refuse_other_run(save: Path, wanted: dict[str, Any]) -> None:
             )  # fmt: skip
 
 
+def total_flops(account: Mapping[str, Any]) -> int:
+    """FLOPs that count in a comparison: those of the run's samples, once, and of a teacher's forward pass over them."""
+    return int(account["flops_executed"]) + int(account.get("flops_teacher", 0))
+
+
 def is_complete(save: Path) -> bool:
     """True if the account in ``save`` marks its run as complete."""
     return (save / ACCOUNT).exists() and bool(read_account(save / ACCOUNT).get("complete"))
@@ -292,6 +300,9 @@ class AccountRecorder:
         account.wall_seconds = round(sum(a.get("seconds", 0.0) for a in account.attempts), 3)
         replayed = sum(last - first + 1 for first, last in account.replayed)
         account.tokens_computed = (account.steps + replayed) * account.global_batch_size * account.seq_length
+        once = account.flops_executed + account.flops_recomputed
+        once += 0 if "cache" in account.objective else account.flops_teacher
+        account.flops_replayed = once * replayed // account.steps if replayed else 0
         account.parameters_nonzero = parameters_nonzero
         account.final = final
         account.complete = final is not None

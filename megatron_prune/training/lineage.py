@@ -26,7 +26,7 @@ from megatron_prune.artifacts import read_json
 from megatron_prune.checkpoint.reader import PRUNING_FILE, Checkpoint
 from megatron_prune.errors import AccountError
 from megatron_prune.training import objective
-from megatron_prune.training.account import ACCOUNT, read_account
+from megatron_prune.training.account import ACCOUNT, read_account, total_flops
 
 Stage = dict[str, Any]
 # A flag that only our `pretrain` has: a checkpoint whose stored arguments include it was trained here, or made from
@@ -121,7 +121,7 @@ def trained(account: Mapping[str, Any], *, run: str, end: str | None) -> Stage:
         "complete": account["complete"],
         **{key: account[key] for key in ("stream", "range", "steps", "global_batch_size", "seq_length", "seed")},
         "tokens": account["tokens"],
-        "flops": account["flops_executed"] + account.get("flops_teacher", 0),
+        "flops": total_flops(account),
         "masks": account["masks"],
         **{key: account[key] for key in ("domains", "batching") if account.get(key)},
         **({"objective": asked} if (asked := objective.of(account)) != objective.LM else {}),
@@ -184,6 +184,11 @@ def seen(stages: Iterable[Stage]) -> list[Stage]:
 def begins_at_random(stages: Sequence[Stage]) -> bool:
     """True if the first stage began with random weights, so that sums over all stages are complete."""
     return bool(stages) and stages[0]["kind"] == "trained" and stages[0]["start"] is None
+
+
+def first_shape(stages: Iterable[Stage]) -> dict[str, Any] | None:
+    """The shape that the weights began with; None if they have it still, as no pruning changed it."""
+    return next((stage["source"] for stage in stages if stage["kind"] == "pruned"), None)
 
 
 def tokens(stages: Iterable[Stage]) -> int:

@@ -55,6 +55,7 @@ from megatron_prune.training.masked import (
     refuse_zeros_that_fill,
     say_that_masks_know_the_start,
 )
+from megatron_prune.training.recomputation import recomputed_flops
 from megatron_prune.training.scheduled_batches import ScheduledBatches
 from megatron_prune.training.teacher import OnlineTeacher
 from megatron_prune.training.teacher_cache import TeacherCache, open_cache
@@ -411,6 +412,7 @@ class _OnFirstStep:
             micro_batch_size=args.micro_batch_size,
             parameters=shape.parameters(),
             flops_executed=shape.training_flops(args.seq_length) * samples,
+            flops_recomputed=recomputed_flops(args, shape) * samples,
             flops_theoretical=shape.training_flops(args.seq_length, removed) * samples,
             unique_tokens=self.unique,
             arguments=json.loads(json.dumps(vars(args), default=str)),

@@ -24,7 +24,7 @@ SHORT = "64:88"  # three steps
 KILLED = 5  # its loss is known when step 6 is killed, and no save has it
 TRACKER = "latest_checkpointed_iteration.txt"
 # Fields that differ between two equal runs, and those that name their directory.
-OF_THE_ATTEMPT = ("wall_seconds", "attempts", "replayed", "tokens_computed", "arguments", "initial")
+OF_THE_ATTEMPT = ("wall_seconds", "attempts", "replayed", "tokens_computed", "flops_replayed", "arguments", "initial")
 
 
 def account(folder: Path) -> dict:

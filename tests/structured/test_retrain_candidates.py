@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.cli.pruning_commands import plan_main, retrain_candidates_main
 from megatron_prune.convert.huggingface import import_hf
 from megatron_prune.errors import EXIT_NEEDS_SCORES, EXIT_REFUSED, MegatronPruneError
-from megatron_prune.structured import apply, candidates, plan
+from megatron_prune.structured import apply, candidates, plan, retrain_candidates
 from megatron_prune.structured import statistics as statistics_file
 from tests import tiny
 from tests.data.corpora import write_corpus
@@ -246,3 +247,14 @@ def test_what_does_not_fit_is_refused_before_anything_starts(files: Files, tmp_p
         finished = files.retrain(*more, pretrain=pretrain)
         assert finished.returncode == 2 and re.search(message, finished.output), finished.output[-2000:]
     assert not (tmp_path / "scratch").exists()
+
+
+@pytest.mark.parametrize("diverged", [True, False])
+def test_a_candidates_teacher_is_in_what_its_retraining_cost(tmp_path: Path, monkeypatch, diverged: bool) -> None:
+    artifacts.write_json(tmp_path / "account.json", {"tokens": 8, "flops_executed": 100, "flops_teacher": 30})
+    after = SimpleNamespace(loss=2.0, provenance=lambda: {"flops": 7})
+    monkeypatch.setattr(retrain_candidates.statistics_file, "read", lambda path: after)
+    trial: Any = SimpleNamespace(stages=[], _diverged=diverged, retrained=tmp_path, statistics=tmp_path,
+                                 recipe=SimpleNamespace(id="recipe"))  # fmt: skip
+    found = retrain_candidates._Trial.run(trial)
+    assert (found.tokens, found.flops) == (8, 130 if diverged else 137)

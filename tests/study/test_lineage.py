@@ -172,6 +172,57 @@ def test_what_is_declared_comes_before_what_is_accounted(prefixes) -> None:
     assert "(the parent's are declared)" in total.pruned and found.rows[0]["tokens_declared"] is True
 
 
+def test_declared_tokens_count_at_the_shape_that_read_them(prefixes) -> None:
+    """Imported, trained on, pruned, retrained, pruned: what was declared was spent before the first pruning."""
+    origin = made_up.foreign(Path("elsewhere"))
+    second = train("second", prefixes["train"], 10, source=origin)
+    once = prune(second, "once")
+    again = train("again", prefixes["train"], 5, first=80, source=once)
+    twice = prune(again, "twice")
+    large, middle, small = (open_checkpoint(path).shape.training_flops(LENGTH) for path in (origin, once, twice))
+    assert large > middle > small
+    own = {once: 80 * large, again: 80 * large + 40 * middle, twice: 80 * large + 40 * middle}
+    sparse = [{"name": "wanda", "pattern": "2:4"}]
+    for parent, executed in own.items():
+        lay = check(study(prefixes, parent, parent={"declared_tokens": 3_200}, methods=sparse)).lay
+        assert (lay.declared_flops, lay.parent_flops) == (200 * large, 200 * large + executed), parent
+    made = study(prefixes, twice, parent={"declared_tokens": 3_200, "equal_total": "run"}, settings=["equal-flops"],
+                 methods=sparse)  # fmt: skip
+    found = results.collect(made_up.run(made, Path("runs"), made_up.FakeLauncher()))
+    sequence = open_checkpoint(twice).shape.training_flops(LENGTH)
+    total = 280 * large + 40 * middle + 80 * sequence
+    assert 0 <= found.rows[-1]["flops_total"] - total - 10**9 <= BATCH * sequence  # the last term: the pruning's
+
+
+def learned_on(parent: Path, save: str, prefix: str, steps: int, first: int) -> Path:
+    """``parent`` cut by masks that were learned on samples from ``first`` on."""
+    masks = train(f"{save}-masks", prefix, steps, first=first, source=parent)
+    folder = prune(parent, save)
+    path = open_checkpoint(folder).directory / "pruning.json"
+    (*chain, entry) = artifacts.read_json(path)["chain"]
+    stage = lineage.trained(artifacts.read_json(masks / "account.json"), run=str(masks), end="masked")
+    spent = {"tokens": stage["tokens"], "flops": stage["flops"], "learned": stage}
+    change(path, chain=[*chain, entry | spent])
+    return folder
+
+
+def test_what_a_parents_masks_were_learned_on_was_seen(prefixes) -> None:
+    """By where retraining begins, by which text is compared, and by whether the masks' run has finished."""
+    first = train("first", prefixes["train"], 20)
+    parent = learned_on(first, "cut", prefixes["train"], 5, first=320)
+    lay = check(study(prefixes, parent)).lay
+    assert (lay.parent_tokens, lay.parent_end) == (25 * TOKENS, 360)
+    made = study(prefixes, parent, parent={"equal_total": "run"}, settings=["equal-total"])
+    found = results.collect(made_up.run(made, Path("runs"), made_up.FakeLauncher()))
+    fields = {line.field: line for line in found.compared[0].match}
+    assert fields["range against cut-masks's"].scratch == "320:360"
+    other = corpus("other", other_documents())
+    for name in ("validation", "test", "train"):
+        elsewhere = learned_on(train(f"{name}-0", other, 2), f"{name}-cut", prefixes[name], 2, first=0)
+        with pytest.raises((DataError, UsageError), match=f"of data.{name} .*behind the parent, read|the stream of"):
+            check(study(prefixes, elsewhere, data={"stream_seed": 2}))
+
+
 # ------------------------------------------------------------------ forgeries
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+import argparse
 
+import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.errors import AccountError, UsageError
 from megatron_prune.training import lineage, objective
-from megatron_prune.training.account import ACCOUNT, Account
+from megatron_prune.training.account import ACCOUNT, Account, AccountRecorder, total_flops
+from megatron_prune.training.recomputation import recomputed_flops
 
 CACHE = {"hash": "c1", "range": [100, 300], "dtype": "float16", "bytes": 12_345, "flops": 2_000}
 GIVEN = {"alpha": [1.0, 0.5], "temperature": 2.0, "kl": "forward", "teacher": "weights of the parent"}
@@ -83,3 +89,41 @@ def test_a_run_resumes_only_with_its_own_objective(tmp_path):
     with pytest.raises(UsageError, match="holds a run with objective") as refused:
         account().adopt(tmp_path)
     assert "lm" in str(refused.value) and (tmp_path / ACCOUNT).exists()
+
+
+def test_flops_that_a_machine_repeated_are_entries_of_their_own(tmp_path):
+    """Replayed steps count with their recomputation, and with their teacher if it ran in the job."""
+    online, cached = objective.distill(**GIVEN), objective.distill(**GIVEN, top_k=64, cache=CACHE)
+    for asked, replayed in ((objective.LM, 200 + 50), (online, 200 + 50 + 100), (cached, 200 + 50)):
+        made = account(objective=asked, flops_executed=800, flops_teacher=0 if asked == objective.LM else 400)
+        made.flops_recomputed, made.replayed = 200, [[2, 2]]
+        AccountRecorder(made, tmp_path).finish(final={}, parameters_nonzero=10)
+        assert made.flops_replayed == replayed
+        assert total_flops(vars(made)) == 800 + made.flops_teacher  # equal FLOPs counts every sample once
+
+
+def test_what_is_recomputed_follows_megatrons_flags(monkeypatch):
+    shape = ModelShape.from_args({
+        "num_layers": 8, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64, "padded_vocab_size": 128,
+        "swiglu": True, "add_bias_linear": False, "position_embedding_type": "rope",
+    })  # fmt: skip
+    mlp, attention = 2 * 16 * 3 * 32 * 64, 2 * 2 * 16 * 16 * 32
+    layer = shape.layer_flops(0, 16)
+    assert layer == mlp + attention + 2 * 16 * 4 * 32 * 32
+    config = TransformerConfig(num_layers=8, hidden_size=32, num_attention_heads=4, pipeline_model_parallel_size=2,
+                               virtual_pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)  # fmt: skip
+    monkeypatch.setattr("megatron.training.arguments.core_transformer_config_from_args", lambda args: config)
+    for granularity, method, number, modules, expected in (
+        (None, None, None, ["core_attn"], 0),
+        ("full", "uniform", 2, None, 8 * layer),
+        ("full", "block", 1, None, 4 * layer),  # one of two in each of four virtual stages
+        ("full", "block", 9, None, 8 * layer),
+        ("selective", None, None, None, 8 * attention),
+        ("selective", None, None, ["mlp", "layernorm"], 8 * mlp),
+        ("selective", None, None, ["layernorm"], 0),
+    ):
+        args = argparse.Namespace(
+            seq_length=16, recompute_granularity=granularity, recompute_method=method, recompute_num_layers=number,
+            recompute_modules=modules, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2,
+        )  # fmt: skip
+        assert recomputed_flops(args, shape) == expected
