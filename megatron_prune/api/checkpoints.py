@@ -54,13 +54,21 @@ def import_hf(
     return Model.of_checkpoint(made.root)
 
 
-def export_hf(load: Place, hf: Place, *, workers: int = 1, allow_non_finite: bool = False, gguf: bool = False) -> Model:
+def export_hf(
+    load: Place,
+    hf: Place,
+    *,
+    workers: int = 1,
+    allow_non_finite: bool = False,
+    allow_missing_masks: bool = False,
+    gguf: bool = False,
+) -> Model:
     """Write the Megatron checkpoint ``load`` as the Hugging Face directory ``hf``, which must not exist or be empty.
 
     Masks become ``masks.safetensors``; the imported tokenizer is copied too, and README.md is a model card. ``gguf``
     writes ``model.gguf`` too, for plain models of the families in ``convert/gguf_file.py``; else UsageError. Raises
     CheckpointError for a model that no supported family can represent, and for NaN and infinities among the weights,
-    unless ``allow_non_finite``.
+    unless ``allow_non_finite``; MasksError for a model that lost its masks, unless ``allow_missing_masks``.
     """
     from megatron_prune.api import model_card
     from megatron_prune.checkpoint.parallel import keep_freed_memory
@@ -71,8 +79,16 @@ def export_hf(load: Place, hf: Place, *, workers: int = 1, allow_non_finite: boo
     keep_freed_memory()
     refuse_remote("--hf", str(hf))
     checkpoint = open_checkpoint(load)
-    card = {model_card.NAME: model_card.card(checkpoint)}
-    made = huggingface.export_hf(load, hf, workers=workers, files=card, allow_non_finite=allow_non_finite, gguf=gguf)
+    card = {model_card.NAME: model_card.card(checkpoint, allow_missing_masks=allow_missing_masks)}
+    made = huggingface.export_hf(
+        load,
+        hf,
+        workers=workers,
+        files=card,
+        allow_non_finite=allow_non_finite,
+        allow_missing_masks=allow_missing_masks,
+        gguf=gguf,
+    )
     return Model(made, "Hugging Face directory", checkpoint.shape, tuple(checkpoint.pruning))
 
 
@@ -107,17 +123,33 @@ def plan(
     return Plan(Path(output), made)
 
 
-def apply(load: Place, plan: Plan | Place, save: Place, *, workers: int = 1, allow_non_finite: bool = False) -> Model:
+def apply(
+    load: Place,
+    plan: Plan | Place,
+    save: Place,
+    *,
+    workers: int = 1,
+    allow_non_finite: bool = False,
+    allow_missing_masks: bool = False,
+) -> Model:
     """Cut the checkpoint ``load`` according to ``plan`` (an object or a file) and write ``save``.
 
     Masks next to the parent are cut too. Raises PlanError if the plan is for another parent, CheckpointError for NaN
-    and infinities among the weights, unless ``allow_non_finite``.
+    and infinities among the weights, unless ``allow_non_finite``, MasksError for a parent that lost its masks, unless
+    ``allow_missing_masks``.
     """
     from megatron_prune.structured import plan as plans
     from megatron_prune.structured.apply import apply_plan
 
     made = plan.content if isinstance(plan, Plan) else plans.read(plan)
-    apply_plan(load, made, save, workers=workers, allow_non_finite=allow_non_finite)
+    apply_plan(
+        load,
+        made,
+        save,
+        workers=workers,
+        allow_non_finite=allow_non_finite,
+        allow_missing_masks=allow_missing_masks,
+    )
     return Model.of_checkpoint(save)
 
 
@@ -131,6 +163,7 @@ def benchmark(
     repeats: int = 5,
     warmup: int = 1,
     static: bool = False,
+    allow_missing_masks: bool = False,
 ) -> dict[str, Any]:
     """Parameters, FLOPs and memory of every checkpoint; unless ``static``, also the measured times of ``batch`` prompts
     of ``prompt`` tokens and of ``new`` tokens after each, on this machine. ``output`` keeps it as JSON.
@@ -149,6 +182,7 @@ def benchmark(
             "repeats": repeats,
             "warmup": warmup,
             "static": static,
+            "allow_missing_masks": allow_missing_masks,
         }
     )
     return run_benchmark(asked)
@@ -184,7 +218,7 @@ def run_benchmark(asked: verbs.BenchmarkSettings) -> dict[str, Any]:
         model = {
             "path": str(checkpoint.root),
             "fingerprint": checkpoint.fingerprint(),
-            **efficiency.of_checkpoint(checkpoint),
+            **efficiency.of_checkpoint(checkpoint, allow_missing_masks=asked.allow_missing_masks),
         }
         if not asked.static:
             try:

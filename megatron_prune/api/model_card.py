@@ -64,11 +64,11 @@ How good the model is was not measured by the export.
 """
 
 
-def card(checkpoint: Checkpoint) -> bytes:
+def card(checkpoint: Checkpoint, *, allow_missing_masks: bool = False) -> bytes:
     """The card in Markdown, with the metadata of the Hugging Face Hub."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    masks = masks_of(checkpoint)
+    masks = masks_of(checkpoint, allow_missing=allow_missing_masks)
     stages, unknown = _stages(checkpoint)
     tags = ["megatron_prune", *(["pruned"] if checkpoint.pruning else []), *(["sparse"] if masks is not None else [])]
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags)

@@ -55,6 +55,7 @@ from megatron_prune.methods.allocation import OUTLIERS
 from megatron_prune.structured.candidate import Candidate, Run, with_accuracies, with_scores
 from megatron_prune.structured.candidates import Question
 from megatron_prune.structured.statistics import Statistics, site_shapes, tensor_shapes
+from megatron_prune.training.zeros import check_loaded
 
 KEEP_EVERY = 30  # seconds between two files with the scores of candidates so far
 
@@ -265,7 +266,9 @@ def chosen_windows(args: argparse.Namespace) -> Windows:
 
 def _load(args: argparse.Namespace) -> list[torch.nn.Module]:
     runtime.initialize(args)
-    return runtime.load_model(args)
+    model = runtime.load_model(args)
+    check_loaded(model, runtime.loaded_directory(args), allow_missing=args.allow_missing_masks)
+    return model
 
 
 def _with_scores(

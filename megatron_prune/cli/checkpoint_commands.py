@@ -88,7 +88,12 @@ def _export(asked: verbs.ExportSettings) -> str:
 
     _verify(asked)
     made = export_hf(
-        asked.load, asked.hf, workers=asked.workers, allow_non_finite=asked.allow_non_finite, gguf=asked.gguf
+        asked.load,
+        asked.hf,
+        workers=asked.workers,
+        allow_non_finite=asked.allow_non_finite,
+        allow_missing_masks=asked.allow_missing_masks,
+        gguf=asked.gguf,
     )
     return str(made.path)
 
@@ -99,7 +104,13 @@ def _rewrite(asked: verbs.RewriteSettings) -> str:
 
     keep_freed_memory()
     _verify(asked)
-    made = rewrite(asked.load, asked.save, workers=asked.workers, allow_non_finite=asked.allow_non_finite)
+    made = rewrite(
+        asked.load,
+        asked.save,
+        workers=asked.workers,
+        allow_non_finite=asked.allow_non_finite,
+        allow_missing_masks=asked.allow_missing_masks,
+    )
     return f"{made.root}: {made.shape.parameters():,} parameters"
 
 

@@ -129,6 +129,7 @@ def export_hf(
     workers: int = 1,
     files: Mapping[str, bytes] | None = None,
     allow_non_finite: bool = False,
+    allow_missing_masks: bool = False,
     gguf: bool = False,
 ) -> Path:
     """Write the checkpoint ``load`` as a Hugging Face directory ``hf`` (new or empty), its masks as
@@ -136,12 +137,13 @@ def export_hf(
     ``gguf``: write the model a second time, as ``gguf_file.NAME`` in the directory.
 
     Raises CheckpointError for a model that no supported family can represent and for weights that are not finite
-    (unless ``allow_non_finite``), MasksError for masks that do not fit the weights, UsageError for a ``gguf`` that
+    (unless ``allow_non_finite``), MasksError for masks that do not fit the weights or
+    are missing (unless ``allow_missing_masks``), UsageError for a ``gguf`` that
     cannot be written.
     """
     checkpoint = open_checkpoint(load)
     refuse_unrestored(checkpoint.args, str(load))
-    masks = masks_of(checkpoint)
+    masks = masks_of(checkpoint, allow_missing=allow_missing_masks)
     side = checkpoint.huggingface
     original = side / "config.json" if side is not None else None
     try:

@@ -19,7 +19,8 @@ from megatron_prune.checkpoint.index import is_weight
 from megatron_prune.checkpoint.layer_shapes import unreadable
 from megatron_prune.checkpoint.model_arguments import FORGOTTEN, OF_YARN, stored_argument
 from megatron_prune.checkpoint.reader import Checkpoint
-from megatron_prune.masks import find_masks, open_masks
+from megatron_prune.masks import find_masks, missing_masks, open_masks
+from megatron_prune.masks.required import MISSING
 
 _WIDTH = 150  # minimum width of the tree, so that names are not cut
 # The stored arguments that the tree shows. Megatron stores more than 800.
@@ -70,6 +71,7 @@ def describe(checkpoint: Checkpoint, *, sparsity: bool = False, full_hash: bool 
         "huggingface": None if checkpoint.huggingface is None else str(checkpoint.huggingface),
         "pruning": checkpoint.pruning,
         "masks": _describe_masks(checkpoint),
+        MISSING: missing_masks(checkpoint),
         "flags": flags(checkpoint),
         "args": {key: _plain(value) for key, value in sorted(checkpoint.args.items())},
     }
@@ -155,6 +157,8 @@ def show(found: Mapping[str, Any], notes: list[str]) -> None:
         top.add(f"full hash {found['full_hash']}")
     if found["other_tensors"]:
         top.add(f"{found['other_tensors']} tensors that are not weights (optimizer, random states)")
+    if found[MISSING]:
+        top.add(f"masks {found[MISSING]} are missing: restore them from a copy")
     if found["masks"]:
         share = found["masks"]["removed"] / found["parameters_linear"]
         patterns = ", ".join(sorted({entry["pattern"] for entry in found["masks"]["tensors"].values()}))

@@ -65,10 +65,10 @@ def cost(shape: ModelShape, itemsize: int, *, removed: int = 0, packable: int = 
     )
 
 
-def of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+def of_checkpoint(checkpoint: Checkpoint, *, allow_missing_masks: bool = False) -> dict[str, Any]:
     """The cost of a checkpoint and the number of its non-zero weights, which reads all of them. MasksError if its masks
     do not fit it."""
-    shape, masks = checkpoint.shape, masks_of(checkpoint)
+    shape, masks = checkpoint.shape, masks_of(checkpoint, allow_missing=allow_missing_masks)
     entries = masks.entries if masks is not None else {}
     packable = sum(e.shape[0] * e.shape[1] for e in entries.values() if e.pattern == PACKED)
     dtype = checkpoint.spec("embedding.word_embeddings.weight").dtype
@@ -136,7 +136,7 @@ def measure(load: str | Path, pattern: str | None, work: Workload) -> dict[str, 
     register_layered_models()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="megatron-prune-") as folder:
-        exported = huggingface.export_hf(load, Path(folder) / "exported")
+        exported = huggingface.export_hf(load, Path(folder) / "exported", allow_missing_masks=True)
         for kind in (DENSE, *((SPARSE, SPARSE_FP8) if pattern == PACKED else ())):
             if why := _cannot(kind):
                 found[kind] = {"why": f"{THEORETICAL}: {why}"}

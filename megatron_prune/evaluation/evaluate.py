@@ -22,6 +22,8 @@ from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.engine import cpu, fp8, runtime
 from megatron_prune.errors import CheckpointError, UsageError
 from megatron_prune.evaluation import tasks
+from megatron_prune.masks import missing_masks
+from megatron_prune.masks.required import MISSING
 from megatron_prune.settings import value_of
 
 
@@ -57,7 +59,8 @@ def evaluate(own: verbs.EvaluateSettings, words: Sequence[str]) -> dict[str, Any
     from megatron_prune.training.zeros import check_loaded
 
     model = runtime.load_model(args)
-    masks = check_loaded(model, runtime.loaded_directory(args))
+    masks = check_loaded(model, runtime.loaded_directory(args), allow_missing=args.allow_missing_masks)
+    missing = missing_masks(open_checkpoint(runtime.loaded_directory(args)))
     scored = runtime.identity(runtime.loaded_directory(args))
     kept = _kept(held, corpora, scored) if own.extend else {}
     scores: dict[str, Any] = {}
@@ -87,6 +90,7 @@ def evaluate(own: verbs.EvaluateSettings, words: Sequence[str]) -> dict[str, Any
         "parameters": ModelShape.from_args(vars(args)).parameters(),
         "parameters_nonzero": nonzero,
         "masks": masks,
+        **({} if missing is None else {MISSING: missing}),
         "versions": versions(),
         "device": device(),
     }

@@ -12,6 +12,7 @@ disk they are a `torch_dist` folder, sharded like the weights of the writer:
 * ``mask_reader.py``  ``open_masks``: read any rectangle of a mask; needs no Megatron
 * ``mask_writer.py``  ``write_single``: write from one process
 * ``megatron.py``     ``save`` and ``local``: write and read the shards of each rank; imports Megatron
+* ``required.py``     ``require_masks``: the masks that a checkpoint must have by its account or ``pruning.json``
 * ``with_weights.py`` check masks against weights; masks of a checkpoint that loses layers or channels
 
 ``convert/masks.py`` reads and writes ``masks.safetensors`` next to a Hugging Face model.
@@ -20,6 +21,10 @@ disk they are a `torch_dist` folder, sharded like the weights of the writer:
 from megatron_prune.masks.mask_reader import MASKS, MASKS_FILE, Entry, Masks, find_masks, open_masks
 from megatron_prune.masks.mask_writer import write_single
 from megatron_prune.masks.pattern import Pattern
+from megatron_prune.masks.required import missing_masks, require_masks
 from megatron_prune.masks.with_weights import verify
 
-__all__ = ["MASKS", "MASKS_FILE", "Entry", "Masks", "Pattern", "find_masks", "open_masks", "verify", "write_single"]
+__all__ = [
+    "MASKS", "MASKS_FILE", "Entry", "Masks", "Pattern", "find_masks", "missing_masks", "open_masks", "require_masks",
+    "verify", "write_single",
+]  # fmt: skip

@@ -11,7 +11,7 @@ if M divides their size, but removing scattered hidden or FFN channels breaks N:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy
 import torch
@@ -20,14 +20,15 @@ from megatron_prune.checkpoint.kept import Kept, axis_indices
 from megatron_prune.checkpoint.layout import Axis, WeightLayout
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.errors import MasksError
-from megatron_prune.masks.mask_reader import Masks, find_masks, open_masks
+from megatron_prune.masks.mask_reader import Masks, open_masks
 from megatron_prune.masks.pattern import Pattern, pack
+from megatron_prune.masks.required import require_masks
 
 
-def masks_of(checkpoint: Checkpoint) -> Masks | None:
+def masks_of(checkpoint: Checkpoint, *, allow_missing: bool = False) -> Masks | None:
     """The masks next to a checkpoint, if any, with their own bits checked. ``guarded`` (while the weights are streamed)
-    or ``verify`` checks them against the weights."""
-    folder = find_masks(checkpoint.root)
+    or ``verify`` checks them against the weights. MasksError as from ``require_masks``."""
+    folder = require_masks(checkpoint, allow_missing=allow_missing)
     if folder is None:
         return None
     masks = open_masks(folder)
@@ -37,13 +38,11 @@ def masks_of(checkpoint: Checkpoint) -> Masks | None:
     return masks
 
 
-def verify(masks: Masks, checkpoint: Checkpoint, but: Collection[str] = ()) -> None:
+def verify(masks: Masks, checkpoint: Checkpoint) -> None:
     """Raises MasksError unless ``masks`` fit ``checkpoint``: shapes, exact patterns, counts, hashes, and zero weights
-    wherever they remove. The weights in ``but`` are not checked."""
+    wherever they remove."""
     masks.check_model(checkpoint.shape, str(checkpoint.root))
     for name in masks.entries:
-        if name in but:
-            continue
         check_bits(masks, name)
         for _ in guarded(masks, name, checkpoint.row_blocks(name)):
             pass

@@ -8,7 +8,7 @@ faster than reducing the whole widened tensor.
 Three sums per channel serve every forward-only method at every ratio:
 
 * ``sum_abs_mean_sq``  Σ over sequences of (mean over tokens of |x|)²    minitron-width
-* ``sum_sq``           Σ over tokens of x²                               its "paper" aggregation
+* ``sum_sq``           Σ over tokens of x²                               wanda-sp
 * ``sum``              Σ over tokens of x                                with sum_sq: mean, variance (flap)
 """
 

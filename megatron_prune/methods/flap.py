@@ -17,8 +17,8 @@ kind (those of a head's inputs before their mean is taken), and rank over all la
 What the removed inputs give on average, W[:, removed] · mean, is added to the biases of linear_proj and linear_fc2. A
 parent without biases gets zeros in the places of Megatron's others. ``--no-compensate`` adds none.
 
-The code leaves the first sequence out of the variance, uses its running mean before and after each sequence for the
-same thing, and divides by sequences in place of tokens, which ranks alike.
+The code leaves the first sequence out of the variance, weights the k-th by (k - 1) / k, measures from the running mean
+after each sequence, and divides by sequences in place of tokens, which ranks alike.
 """
 
 from __future__ import annotations

@@ -6,11 +6,8 @@ A channel's importance in a layer is √Σ_b (mean_t |x|)², with tokens t and s
   whole model. Neither reference includes the final norm: ``--include-final-norm`` adds it.
 * FFN channels: at linear_fc2's input, per layer.
 * heads: at linear_proj's input, L2 over a head's dimensions, per layer, ranked inside each query
-  group. Whole groups are removed if the target has fewer (a group's importance is the sum of its heads').
-
-``--aggregation paper`` replicates the paper's library, which averages over the wrong axis: first over
-the batch, then it sums squares over tokens. With batches of one sequence that is √Σ of x² over all
-tokens, so one calibration serves both.
+  group. Whole groups are removed if the target has fewer. A group's importance is the sum of its heads'; the
+  authors' library (NVIDIA ModelOpt, which has the same importance of channels and heads) takes their L2 norm.
 
 The shape that meets ``--ratio`` or ``--target-params`` comes from a rule (structured/target.py) or, with
 ``--search AXIS …``, from the model: every shape near the target is evaluated, cut as above, and the one with the
@@ -38,7 +35,6 @@ from megatron_prune.methods.options import AXES, MinitronWidthOptions
 from megatron_prune.methods.ranking import keep_heads, keep_highest
 
 _GIVEN = ("hidden_size", "num_attention_heads", "ffn_hidden_size")  # the sizes in each value of --target-shapes
-_SUMS = {"definition": "sum_abs_mean_sq", "paper": "sum_sq"}
 
 
 class MinitronWidth(RankingMethod[MinitronWidthOptions]):
@@ -64,7 +60,7 @@ class MinitronWidth(RankingMethod[MinitronWidthOptions]):
         sites = ["input_layernorm", "pre_mlp_layernorm", "attention", "mlp"]
         if settings.include_final_norm:
             sites.append("final_layernorm")
-        return tuple(f"{site}.{_SUMS[settings.aggregation]}" for site in sites)
+        return tuple(f"{site}.sum_abs_mean_sq" for site in sites)
 
     def select(self, request: PruningRequest[MinitronWidthOptions]) -> Selection:
         source, target, settings = request.source, request.target, request.settings

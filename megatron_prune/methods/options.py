@@ -74,11 +74,6 @@ class WidthOptions(Settings):
 
     TITLE = ONE_METHOD
 
-    aggregation: str = setting(
-        "definition",
-        choices=("definition", "paper"),
-        help="importance as defined, or as the paper's library has it",
-    )
     include_final_norm: bool = setting(False, help="count the final norm's output in the importance of hidden channels")
     search: tuple[str, ...] | None = setting(
         None,

@@ -164,7 +164,14 @@ def _structured(asked: verbs.PruneSettings, own: Settings, words: Sequence[str])
     if statistics is not None:
         names = ("statistics.safetensors", "statistics.json")
         files |= {f"{FOLDER}/{name}": payload for name, payload in zip(names, statistics.files(), strict=True)}
-    apply_plan(runtime.loaded_directory(args), made, folder, files, allow_non_finite=asked.allow_non_finite)
+    apply_plan(
+        runtime.loaded_directory(args),
+        made,
+        folder,
+        files,
+        allow_non_finite=asked.allow_non_finite,
+        allow_missing_masks=args.allow_missing_masks,
+    )
     return PruneOutcome(folder, plan=made)
 
 

@@ -97,7 +97,7 @@ def _sparsify(
     if args.rank == 0:
         check_space(save, _bytes(parent) - scratch.size)
         refuse_uncarried(parent)
-        task.check_held_masks()
+        task.check_held_masks(allow_missing=args.allow_missing_masks)
         if not own.allow_non_finite:
             _refuse_non_finite(parent)
     if task.request.method.statistic != "none":

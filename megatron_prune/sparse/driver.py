@@ -42,6 +42,7 @@ from megatron_prune.sparse.matrices import SUFFIXES
 from megatron_prune.sparse.request import SparsifyTask
 from megatron_prune.sparse.result import allocated
 from megatron_prune.sparse.scratch import Progress, Pruned, Scratch
+from megatron_prune.training.zeros import check_loaded
 
 
 def run(args: argparse.Namespace, task: SparsifyTask) -> None:
@@ -77,6 +78,7 @@ def _begin(args: argparse.Namespace, task: SparsifyTask) -> tuple[list[Any], Scr
     """The loaded model and the opened scratch folder."""
     runtime.initialize(args)
     model = runtime.load_model(args)
+    check_loaded(model, runtime.loaded_directory(args), allow_missing=args.allow_missing_masks)
     cpu.fuse(model)
     scratch = Scratch(task.save)
     if args.rank == 0:

@@ -13,7 +13,7 @@ from megatron_prune.checkpoint.layout import HeterogeneousShape, ModelShape, lay
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.data.windows import Windows
 from megatron_prune.errors import UsageError
-from megatron_prune.masks import Masks, find_masks, open_masks, verify
+from megatron_prune.masks import Masks, find_masks, open_masks, require_masks, verify
 from megatron_prune.methods.allocation import GlobalRanking, OutlierWeighing, whole_inputs
 from megatron_prune.methods.base import SparseMethod, Sparsity
 from megatron_prune.methods.evolution import Evolution
@@ -252,12 +252,12 @@ class SparsifyTask:
         folder = find_masks(self.parent.root)
         return None if folder is None else open_masks(folder)
 
-    def check_held_masks(self) -> None:
-        """MasksError if kept masks of the parent are damaged or do not fit its weights: the result's hash would cover
-        them as they are and hide the damage."""
-        held = self.held_masks()
-        if held is not None:
-            verify(held, self.parent, but=self.patterns)
+    def check_held_masks(self, *, allow_missing: bool = False) -> None:
+        """MasksError if masks of the parent are missing (unless ``allow_missing``), damaged, or do not fit its weights:
+        the result's hash would cover those that are kept as they are, and hide the damage."""
+        folder = require_masks(self.parent, allow_missing=allow_missing)
+        if folder is not None:
+            verify(open_masks(folder), self.parent)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import Any
 from megatron_prune import artifacts, screen
 from megatron_prune.checkpoint.layout import ModelShape, weights
 from megatron_prune.checkpoint.writer import CheckpointWriter
-from megatron_prune.masks import MASKS, open_masks
+from megatron_prune.masks import MASKS, missing_masks, open_masks
+from megatron_prune.masks.required import MISSING
 from megatron_prune.methods.allocation import GlobalRanking, OutlierWeighing
 from megatron_prune.methods.evolution import Found
 from megatron_prune.methods.level_search import Levels
@@ -137,7 +138,7 @@ def _provenance(
     parent, request, windows = task.parent, task.request, task.windows
     shape = parent.shape
     removed = sum(matrix["removed"] for row in rows for matrix in row["matrices"])
-    described = request.describe()
+    described, missing = request.describe(), missing_masks(parent)
     asked = set(described["ratios"].values())
     return {
         "parent": {"path": str(parent.root), "iteration": parent.iteration, "fingerprint": parent.fingerprint()},
@@ -154,6 +155,7 @@ def _provenance(
         "source": asdict(shape),
         "target": asdict(shape),
         "masks": masks,
+        **({} if missing is None else {MISSING: missing}),
         "calibration": None
         if calibration is None or windows is None
         else {

@@ -39,7 +39,8 @@ from megatron_prune.checkpoint.parallel import Blocks, keep_freed_memory
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter, refuse_uncarried
 from megatron_prune.errors import PlanError
-from megatron_prune.masks import MASKS, Masks, open_masks, write_single
+from megatron_prune.masks import MASKS, Masks, missing_masks, open_masks, write_single
+from megatron_prune.masks.required import MISSING
 from megatron_prune.masks.with_weights import Source, check_cut, cut_masks, guarded, masks_of
 from megatron_prune.structured import plan
 from megatron_prune.structured.compensation import RemovedInputs, removed_inputs
@@ -117,7 +118,14 @@ def apply(asked: verbs.ApplySettings) -> plan.PruningPlan:
     keep_freed_memory()
     if asked.verify_integrity:
         open_checkpoint(asked.load).verify(hashes=True)
-    apply_plan(asked.load, made, asked.save, workers=asked.workers, allow_non_finite=asked.allow_non_finite)
+    apply_plan(
+        asked.load,
+        made,
+        asked.save,
+        workers=asked.workers,
+        allow_non_finite=asked.allow_non_finite,
+        allow_missing_masks=asked.allow_missing_masks,
+    )
     return made
 
 
@@ -129,12 +137,14 @@ def apply_plan(
     *,
     workers: int = 1,
     allow_non_finite: bool = False,
+    allow_missing_masks: bool = False,
 ) -> None:
     """Write to ``save`` what the plan ``made`` keeps of the checkpoint ``load``, as a release of iteration 0.
 
     ``files`` are small files to store next to the weights, by their path under ``save``. ``workers`` processes share
     the work. Masks next to the parent are cut too. Raises PlanError if the plan is for another parent, MasksError if
-    the cut would split the groups of N:M masks, CheckpointError from reading and writing, and for weights that are not
+    the cut would split the groups of N:M masks or masks are missing (unless ``allow_missing_masks``),
+    CheckpointError from reading and writing, and for weights that are not
     finite, unless ``allow_non_finite``.
     """
     parent = open_checkpoint(load)
@@ -142,15 +152,36 @@ def apply_plan(
     check_parent(parent, made)
     sources = [(target, *_source_of(target, made)) for target in weights(made.target)]
     chain = [*parent.pruning, provenance(parent, made)]
+    masks = masks_of(parent, allow_missing=allow_missing_masks)
     changes = Changes(factors_of(made, parent.args), removed_inputs(made))
-    _write(parent, made.target, made.kept_layers, sources, save, chain, files or {}, workers, changes, allow_non_finite)
+    _write(
+        parent,
+        made.target,
+        made.kept_layers,
+        sources,
+        save,
+        chain,
+        files or {},
+        workers,
+        changes,
+        allow_non_finite,
+        masks,
+    )
 
 
-def rewrite(load: str | Path, save: str | Path, *, workers: int = 1, allow_non_finite: bool = False) -> Checkpoint:
+def rewrite(
+    load: str | Path,
+    save: str | Path,
+    *,
+    workers: int = 1,
+    allow_non_finite: bool = False,
+    allow_missing_masks: bool = False,
+) -> Checkpoint:
     """Write the weights of any readable checkpoint ``load``, its masks, account and provenance, to ``save``, as a
     release of iteration 0 in `torch_dist` format, without optimizer state.
 
-    Raises MasksError for masks that do not fit; CheckpointError from reading and writing, and for weights that are not
+    Raises MasksError for masks that do not fit or are missing (unless ``allow_missing_masks``);
+    CheckpointError from reading and writing, and for weights that are not
     finite, unless ``allow_non_finite``.
     """
     parent = open_checkpoint(load)
@@ -159,7 +190,20 @@ def rewrite(load: str | Path, save: str | Path, *, workers: int = 1, allow_non_f
     account = parent.root / ACCOUNT
     files = {ACCOUNT: account.read_bytes()} if account.exists() else {}
     layers = range(parent.shape.num_layers)
-    _write(parent, parent.shape, layers, all_of_it, save, parent.pruning, files, workers, Changes(), allow_non_finite)
+    masks = masks_of(parent, allow_missing=allow_missing_masks)
+    _write(
+        parent,
+        parent.shape,
+        layers,
+        all_of_it,
+        save,
+        parent.pruning,
+        files,
+        workers,
+        Changes(),
+        allow_non_finite,
+        masks,
+    )
     return open_checkpoint(save)
 
 
@@ -174,9 +218,9 @@ def _write(
     workers: int,
     changes: Changes,
     allow_non_finite: bool,
+    masks: Masks | None,
 ) -> None:
     refuse_uncarried(parent)
-    masks = masks_of(parent)
     if masks is not None:
         check_cut(masks, sources)
     args = {**parent.args, **target.to_args(), **patterns_of(parent, kept_layers)}
@@ -293,6 +337,7 @@ def _source_of(target: WeightLayout, made: plan.PruningPlan) -> tuple[str, Kept]
 def provenance(parent: Checkpoint, made: plan.PruningPlan) -> dict[str, Any]:
     """This pruning's entry in the chain of ``pruning.json``."""
     spent = made.calibration or {}
+    missing = missing_masks(parent)
     stages, begun, learned = lineage.of(parent), parent.fingerprint(), None
     if made.gates is not None:  # the training that learned the masks is the pruning's own
         if not stages or stages[-1]["kind"] != "trained":
@@ -319,6 +364,7 @@ def provenance(parent: Checkpoint, made: plan.PruningPlan) -> dict[str, Any]:
         "source": asdict(made.source),
         "target": asdict(made.target),
         "plan": made.hash,
+        **({} if missing is None else {MISSING: missing}),
         "statistics": made.statistics,
         "calibration": made.calibration,
         # Tokens spent on pruning. Scoring candidates reads the calibration's tokens again; retraining adds more.

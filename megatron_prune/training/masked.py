@@ -20,7 +20,7 @@ from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration
 from megatron_prune.errors import MasksError, UsageError
-from megatron_prune.masks import MASKS, MASKS_FILE, Masks, Pattern, find_masks, open_masks
+from megatron_prune.masks import MASKS, MASKS_FILE, Masks, Pattern, find_masks, open_masks, require_masks
 from megatron_prune.training.account import ACCOUNT, read_account
 
 
@@ -167,10 +167,13 @@ def _refuse_unfit_start(args: argparse.Namespace, chosen: MaskChoice) -> None:
 
 
 def refuse_zeros_that_fill(args: argparse.Namespace) -> None:
-    """Refuse (UsageError) a dense run that starts from a sparse checkpoint, unless ``--let-zeros-fill`` allows it."""
+    """Refuse a dense run that starts from a sparse checkpoint: UsageError unless ``--let-zeros-fill`` allows it,
+    MasksError if its masks are lost, unless ``--allow-missing-masks`` does."""
     start = args.load if _holds_checkpoint(args.load) else args.pretrained_checkpoint
-    found = find_masks(start) if start is not None else None
-    if found is not None and not args.let_zeros_fill:
+    if start is None or args.let_zeros_fill:
+        return
+    found = require_masks(open_checkpoint(start), allow_missing=args.allow_missing_masks)
+    if found is not None:
         raise UsageError(
             "--masks", got="nothing", expected=f"{found}, which holds the zeros of {start}",
             why="without masks the zeros would become weights again, and the model would be dense",

@@ -28,6 +28,8 @@ from megatron_prune.claims import writing
 from megatron_prune.data.streams import parse_range
 from megatron_prune.engine import argument_checks, from_checkpoint, optimizer_layout, runtime
 from megatron_prune.errors import CheckpointError, NotFiniteError, UsageError
+from megatron_prune.masks import missing_masks, require_masks
+from megatron_prune.masks.required import MISSING
 from megatron_prune.training import batch_flags, distillation, lineage, not_finite
 from megatron_prune.training.account import (
     ACCOUNT,
@@ -102,6 +104,7 @@ def _run(args: argparse.Namespace, save: Path | None, learner: Learner | None) -
     cache = _cache(args)
     teacher = OnlineTeacher(args) if distillation.asked(args) and cache is None else None
     if args.rank == 0 and teacher is not None:
+        require_masks(open_checkpoint(args.teacher), allow_missing=args.allow_missing_masks)
         runtime.refuse_unfit_checkpoint(teacher.args, args.teacher, distillation.TEACHER)
     if args.rank == 0 and initial is not None:
         runtime.refuse_unfit_checkpoint(args, initial["path"], initial["flag"])
@@ -195,12 +198,14 @@ def _initial(args: argparse.Namespace) -> dict[str, Any] | None:
     if path is None:
         return None
     checkpoint = open_checkpoint(path)
+    missing = missing_masks(checkpoint)
     return {
         "flag": flag,
         "path": str(path),
         "fingerprint": checkpoint.fingerprint(),
         "pruning": checkpoint.pruning,
         "lineage": lineage.of(checkpoint),
+        **({} if missing is None else {MISSING: missing}),
     }
 
 
@@ -416,7 +421,9 @@ class _OnFirstStep:
             flops_theoretical=shape.training_flops(args.seq_length, removed) * samples,
             unique_tokens=self.unique,
             arguments=json.loads(json.dumps(vars(args), default=str)),
-            initial=None if self.initial is None else {k: self.initial[k] for k in ("path", "fingerprint", "pruning")},
+            initial=None
+            if self.initial is None
+            else {k: self.initial[k] for k in ("path", "fingerprint", "pruning", MISSING) if k in self.initial},
             lineage=[] if self.initial is None else self.initial["lineage"],
             masks=self.zeros.hash if self.zeros is not None else None,
             domains=self.provider.domains(),

@@ -104,7 +104,7 @@ def _write(args: argparse.Namespace, taught: Taught, folder: Path, missing: Sequ
     if not missing:
         return 0.0
     model = runtime.load_model(args)
-    check_loaded(model, runtime.loaded_directory(args))
+    check_loaded(model, runtime.loaded_directory(args), allow_missing=args.allow_missing_masks)
     vocabulary_shard = Shard.of_megatron(taught.vocabulary)
     writes = mpu.get_tensor_model_parallel_rank() == 0
     began = time.monotonic()

@@ -27,8 +27,9 @@ import torch
 
 from megatron_prune import screen, storage
 from megatron_prune.artifacts import copy_directory, explain_full_disk
+from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import MasksError
-from megatron_prune.masks import MASKS, MASKS_FILE, Masks, find_masks, open_masks
+from megatron_prune.masks import MASKS, MASKS_FILE, Masks, open_masks, require_masks
 from megatron_prune.masks.with_weights import check_bits
 from megatron_prune.training.masked import MaskChoice
 
@@ -207,14 +208,15 @@ def audit(masks: Masks, held: list[Held], optimizer: Any, when: str) -> None:
         )
 
 
-def check_loaded(model: list[torch.nn.Module], root: Path) -> str | None:
+def check_loaded(model: list[torch.nn.Module], root: Path, *, allow_missing: bool = False) -> str | None:
     """Check that the weights loaded from ``root`` are zero under the masks stored there, if there are any.
 
-    Returns the hash of the masks. Collective; raises MasksError on every rank.
+    Returns the hash of the masks. Collective; raises MasksError on every rank, also if the masks that the checkpoint
+    was made with are missing, unless ``allow_missing``.
     """
     from megatron_prune.masks import megatron
 
-    folder = find_masks(root)
+    folder = require_masks(open_checkpoint(root), allow_missing=allow_missing)
     if folder is None:
         return None
     masks = open_masks(folder)

@@ -11,6 +11,7 @@ from megatron_prune.verbs.shared import (
     TOKEN_TYPES,
     TOKENIZERS,
     IntegritySettings,
+    MissingMasksSettings,
     NonFiniteSettings,
     WorkersSettings,
 )
@@ -33,7 +34,7 @@ class ImportSettings(NonFiniteSettings, WorkersSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportSettings(NonFiniteSettings, WorkersSettings, IntegritySettings):
+class ExportSettings(MissingMasksSettings, NonFiniteSettings, WorkersSettings, IntegritySettings):
     TITLE = "files"
 
     load: str = setting(metavar="CKPT", help="checkpoint, or one of its iter_… or release folders")
@@ -42,7 +43,7 @@ class ExportSettings(NonFiniteSettings, WorkersSettings, IntegritySettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewriteSettings(NonFiniteSettings, WorkersSettings, IntegritySettings):
+class RewriteSettings(MissingMasksSettings, NonFiniteSettings, WorkersSettings, IntegritySettings):
     TITLE = "files"
 
     load: str = setting(metavar="CKPT", help="checkpoint, or one of its iter_… or release folders")

@@ -11,6 +11,7 @@ from megatron_prune.verbs.shared import (
     AnySparsitySettings,
     CalibrationTextSettings,
     IntegritySettings,
+    MissingMasksSettings,
     NonFiniteModelSettings,
     NonFiniteSettings,
     SparsitySettings,
@@ -76,7 +77,7 @@ class PlanSettings(ExportableSettings, MethodSettings, PlanFilesSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ApplySettings(NonFiniteSettings, WorkersSettings, IntegritySettings):
+class ApplySettings(MissingMasksSettings, NonFiniteSettings, WorkersSettings, IntegritySettings):
     TITLE = "files"
 
     load: str = setting(metavar="CKPT", help="the parent that the plan was made for")

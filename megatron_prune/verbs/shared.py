@@ -38,6 +38,10 @@ def least_kept_setting() -> Any:
     return setting(0.0, kind=fraction, metavar="F", help=words)
 
 
+def allow_missing_masks_setting() -> Any:
+    return setting(False, help="load a checkpoint whose masks are lost; its zeros are then weights like others")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings(Settings):
     """Flags that this package adds to Megatron's parser to select the model that Megatron builds."""
@@ -52,6 +56,7 @@ class ModelSettings(Settings):
     parallel_residual: bool = setting(
         False, help="attention and MLP read the same input, as in Pythia (default: as the checkpoint)"
     )
+    allow_missing_masks: bool = allow_missing_masks_setting()
     fp32: bool = setting(False, help="compute in fp32 (default: as the checkpoint)")
     fp8_preset: str | None = setting(
         None,
@@ -203,6 +208,13 @@ class NonFiniteModelSettings(NonFiniteSettings):
     TITLE = "model and layout"
 
     allow_non_finite: bool = setting(False, help="let NaN and infinities among the weights pass")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MissingMasksSettings(Settings):
+    TITLE = "work"
+
+    allow_missing_masks: bool = allow_missing_masks_setting()
 
 
 @dataclass(frozen=True, kw_only=True)

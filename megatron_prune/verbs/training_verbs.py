@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_prune.settings import Settings, setting
-from megatron_prune.verbs.shared import DTYPES, LearningSettings, TargetSettings
+from megatron_prune.verbs.shared import DTYPES, LearningSettings, MissingMasksSettings, TargetSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +178,7 @@ class WorkloadSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkSettings(WorkloadSettings):
+class BenchmarkSettings(MissingMasksSettings, WorkloadSettings):
     TITLE = "files"
 
     checkpoints: tuple[str, ...] = setting(positional=True, metavar="CKPT", help="checkpoints to compare")

@@ -183,12 +183,10 @@ def test_layout_does_not_change_statistics(calibrated: dict[str, Statistics], la
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("aggregation", ["definition", "paper"])
 def test_every_layout_keeps_what_the_oracle_keeps(
     calibrated: dict[str, Statistics],
     oracle: tuple[dict[str, np.ndarray], float],
     layout: str,
-    aggregation: str,
 ) -> None:
     """Kept sets of both methods against a ranking of the float64 statistics, written here."""
     found, expected = calibrated[layout], oracle[0]
@@ -205,11 +203,11 @@ def test_every_layout_keeps_what_the_oracle_keeps(
     depth = made("shortgpt", options.NoOptions(), num_layers=2)
     assert not depth.near_ties and depth.kept_layers == top(expected["block_influence"], 2)
 
-    key = "sum_abs_mean_sq" if aggregation == "definition" else "sum_sq"
+    key = "sum_abs_mean_sq"
     score = {site: np.sqrt(expected[f"{site}.{key}"]) for site in ("attention", "mlp")}
     norms = np.sqrt(expected[f"input_layernorm.{key}"]) + np.sqrt(expected[f"pre_mlp_layernorm.{key}"])
     width = made(
-        "minitron-width", options.MinitronWidthOptions(aggregation=aggregation),
+        "minitron-width", options.MinitronWidthOptions(),
         hidden_size=40, ffn_hidden_size=64, num_attention_heads=6,
     )  # fmt: skip
     assert not width.near_ties, "choose another seed or size: this cut is for clear decisions"

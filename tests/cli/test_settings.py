@@ -156,7 +156,7 @@ def test_one_mapping_has_a_verbs_settings_and_its_methods() -> None:
         ({"axis": "depth"}, "here.axis: expected --method random with it, got --method minitron-width"),
         (
             {"serach": "ffn"},
-            r"here.serach: expected one of ratio, .*, aggregation, .*did you mean search\?",
+            r"here.serach: expected one of ratio, .*, search, .*did you mean search\?",
         ),
         ({"divisible_by": "x"}, "here.divisible_by: expected a whole number, got x"),
     ):

@@ -95,21 +95,18 @@ def test_scores_further_apart_than_the_tolerance_are_no_near_tie() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("aggregation", ["definition", "paper"])
 @pytest.mark.parametrize("final_norm", [False, True])
 @pytest.mark.parametrize(("source", "groups", "heads"), [(GQA, 3, 6), (GQA, 2, 4), (MHA, 5, 5)])
 def test_minitron_width_matches_its_definition(
-    source: ModelShape, groups: int, heads: int, aggregation: str, final_norm: bool, seed: int
+    source: ModelShape, groups: int, heads: int, final_norm: bool, seed: int
 ) -> None:
     target = replace(source, hidden_size=16, num_query_groups=groups, num_attention_heads=heads, ffn_hidden_size=7)
     activations = numpy_activations(source, seed)
-    flags = ["--aggregation", aggregation, *(["--include-final-norm"] if final_norm else [])]
+    flags = ["--include-final-norm"] if final_norm else []
     chosen = select("minitron-width", source, target, sums(activations), *flags)
 
     def importance(x: np.ndarray) -> np.ndarray:  # [b, t, n] → [n]
-        if aggregation == "definition":
-            return np.sqrt((np.abs(x).mean(1) ** 2).sum(0))
-        return np.sqrt(sum((np.abs(x[b : b + 1]).mean(0) ** 2).sum(0) for b in range(len(x))))  # batches of one
+        return np.sqrt((np.abs(x).mean(1) ** 2).sum(0))
 
     norms = [activations[site][layer] for site in ("input_layernorm", "pre_mlp_layernorm") for layer in range(4)]
     if final_norm:

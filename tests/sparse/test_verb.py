@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,38 @@ def test_a_sparse_parent_keeps_the_masks_of_what_is_left_alone(
     assert [entry["method"] for entry in open_checkpoint(second).pruning] == ["magnitude", "random"]
     entries = open_masks(second / "masks").entries.values()
     assert {entry.pattern for entry in entries} == {"2:4", "unstructured"}
+
+
+def test_verbs_that_run_a_model_require_its_masks(
+    job: Callable[..., Any], tiny_parent: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    save, other, run = tmp_path / "pruned", tmp_path / "other", tmp_path / "run"
+    job(small.flags(tiny_parent, save, "magnitude", "--ratio", 0.5)).ok()
+    job(small.flags(tiny_parent, other, "random", "--ratio", 0.5)).ok()
+    recorded = open_masks(save / "masks").hash
+    shutil.rmtree(save / "masks")
+    text = ["--calibration-data-path", tiny_corpus, "--calibration-sequences", 2, "--calibration-seq-length", 32]
+    calibrate = ["calibrate", "--load", save, *text, "--output", tmp_path / "s.safetensors"]
+    evaluate = [
+        "evaluate", "--load", save, "--data-path", tiny_corpus, "--seq-length", 32, "--windows", 2, "--output",
+        tmp_path / "scores.json",
+    ]  # fmt: skip
+    pretrain = [
+        "pretrain", "--pretrained-checkpoint", save, "--save", run, "--load", run, "--train-data-path", tiny_corpus,
+        "--stream-range", "0:8", "--stream-seed", 1, "--lr", 1e-3, "--seq-length", 32, "--micro-batch-size", 2,
+        "--global-batch-size", 4, "--num-workers", 0,
+    ]  # fmt: skip
+    for argv in (calibrate, evaluate, pretrain):
+        refused = job(argv)
+        assert refused.returncode == 2 and f"expected the masks {recorded}" in refused.output, refused.output
+        job([*argv, "--allow-missing-masks"]).ok()
+    account, scores = (json.loads(path.read_text()) for path in (run / "account.json", tmp_path / "scores.json"))
+    assert account["masks"] is None and account["initial"]["missing_masks"] == recorded
+    assert scores["masks"] is None and scores["missing_masks"] == recorded
+    shutil.copytree(other / "masks", save / "masks")
+    (save / "release" / "pruning.json").unlink()  # so that only the weights can tell whose masks these are
+    refused = job(calibrate)
+    assert refused.returncode == 2 and "although its mask removes them" in refused.output, refused.output
 
 
 def test_prune_is_the_same_verb(job: Callable[..., Any], tiny_parent: Path, tiny_corpus: Path, tmp_path: Path) -> None:

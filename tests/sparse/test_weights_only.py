@@ -219,19 +219,27 @@ def test_flags_of_another_model_are_refused(job: Callable[..., Any], tiny_parent
     assert not list(tmp_path.iterdir())
 
 
-def test_masks_that_stay_must_fit_the_weights(job: Callable[..., Any], tiny_parent: Path, tmp_path: Path) -> None:
-    """They are written again, and would get a new, valid hash."""
+def test_masks_must_fit_the_weights(job: Callable[..., Any], tiny_parent: Path, tmp_path: Path) -> None:
+    """Those that stay are written again, and would get a new, valid hash; those that are replaced show that the parent
+    is another."""
     of = open_checkpoint(tiny_parent)
     one, other = (prune(of, tmp_path / method, method, AMOUNTS["half"]) for method in ("magnitude", "random"))
-    shutil.rmtree(one / "masks")
-    shutil.copytree(other / "masks", one / "masks")
+    masks = shutil.move(one / "masks", tmp_path / "masks")
     again = ["sparsify", "--load", one, "--method", "magnitude", "--ratio", 0.5, "--save", tmp_path / "save"]
-    refused = job([*again, "--modules", "fc1,fc2,proj"])
-    assert refused.returncode == 2 and "masks do not fit these weights: decoder.layers.0.self_attention.linear_qkv" in (
-        refused.output
-    )
+    lost = job(again)
+    assert lost.returncode == 2 and "got none: restore them from a copy, or add --allow-missing-masks" in lost.output
+    shutil.copytree(other / "masks", one / "masks")
+    refused = job(again)
+    assert refused.returncode == 2 and "which are of another pruning" in refused.output
+    (one / "release" / "pruning.json").unlink()  # so that only the weights can tell
+    for flags in (["--modules", "fc1,fc2,proj"], []):
+        refused = job([*again, *flags])
+        assert refused.returncode == 2, refused.output
+        assert "masks do not fit these weights: decoder.layers.0.self_attention.linear_qkv" in refused.output
     assert not (tmp_path / "save").exists()
-    job(again).ok()  # all of them are replaced
+    shutil.rmtree(one / "masks")
+    shutil.move(masks, one / "masks")
+    job(again).ok()
 
 
 def test_nodes_that_share_no_disk_do_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

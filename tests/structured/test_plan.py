@@ -488,8 +488,8 @@ S = "STATISTICS"
             "--seed: expected .* which draws no random numbers, got 1",
         ),
         (
-            ["--method", "shortgpt", "--ratio", "0.5", "--statistics", S, "--aggregation", "paper"],
-            "--aggregation: expected --method minitron-width with it, got --method shortgpt",
+            ["--method", "shortgpt", "--ratio", "0.5", "--statistics", S, "--max-candidates", "3"],
+            "--max-candidates: expected --method minitron-width with it, got --method shortgpt",
         ),
         (
             ["--method", "shortgpt", "--ratio", "0.5", "--statistics", S, "--nonsense"],
