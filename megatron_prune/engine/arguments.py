@@ -38,6 +38,7 @@ from megatron_prune.engine import (
     layers,
     parallel_residual,
     refusals,
+    resume,
     vocabulary,
 )
 from megatron_prune.errors import CheckpointError, CommandLineError, UsageError
@@ -94,6 +95,8 @@ def parse(
     refuse_unfit(args)
     fp8.apply_preset(args, argv)
     _resolve_checkpoint_paths(args)
+    if hasattr(args, "start_over"):  # a verb that trains
+        resume.resolve_start(args)
     if not from_checkpoint.given(argv, "--use-tokenizer-model-from-checkpoint-args"):
         # Keep the command line's tokenizer: a stored one is a path on the machine that made the checkpoint.
         args.use_tokenizer_model_from_checkpoint_args = False
