@@ -31,8 +31,7 @@ def pretrain_parser() -> Parser:
         "Megatron flags that every run needs.",
         verbs.PretrainSettings,
         mentioned=(
-            (RUN, "--save", "RUN", "where the run is saved, with its account.json"),
-            (RUN, "--load", "RUN", "the same folder: a stopped run resumes from its last save"),
+            (RUN, "--save", "RUN", "where the run is saved, with its account.json; a run that it holds is continued"),
             (RUN, "--pretrained-checkpoint", "CKPT", "weights to start from, such as what apply wrote"),
             (RUN, "--data-path", "PREFIX …", "tokenized corpora, without .bin; or WEIGHT PREFIX …"),
             (RUN, "--seq-length", "S", "tokens per sample"),
@@ -45,7 +44,7 @@ def pretrain_parser() -> Parser:
         ),
         example="""
 torchrun --nproc-per-node 8 -m megatron_prune pretrain --pretrained-checkpoint checkpoints/pruned \\
-    --load runs/retrained --save runs/retrained --data-path data/train --seq-length 2048 \\
+    --save runs/retrained --data-path data/train --seq-length 2048 \\
     --global-batch-size 256 --micro-batch-size 4 --stream-range 0:256000 --lr 3e-4""",
     )  # fmt: skip
 
@@ -103,8 +102,7 @@ def learn_masks_parser() -> Parser:
         mentioned=(
             (RUN, "--pretrained-checkpoint", "CKPT", "the parent, whose weights are trained too"),
             (RUN, "--use-checkpoint-args", None, "take the model's arguments from that checkpoint"),
-            (RUN, "--save", "RUN", "where weights and masks are saved, with an account.json"),
-            (RUN, "--load", "RUN", "the same folder: a stopped run resumes from its last save, at any layout"),
+            (RUN, "--save", "RUN", "where weights and masks are saved; a run that it holds is continued"),
             (RUN, "--data-path", "PREFIX …", "tokenized corpora, without .bin; or WEIGHT PREFIX …"),
             (RUN, "--seq-length", "S", "tokens per sample"),
             (RUN, "--global-batch-size", "B", "samples per step; the paper has few, and 3,200 steps"),
@@ -114,7 +112,7 @@ def learn_masks_parser() -> Parser:
         ),
         example="""
 torchrun --nproc-per-node 8 -m megatron_prune learn-masks --pretrained-checkpoint checkpoints/parent \\
-    --use-checkpoint-args --load runs/masked --save runs/masked --ratio 0.5 --data-path data/train --seq-length 4096 \\
+    --use-checkpoint-args --save runs/masked --ratio 0.5 --data-path data/train --seq-length 4096 \\
     --global-batch-size 32 --micro-batch-size 4 --stream-range 0:102400 --lr 1e-4 --min-lr 1e-5 --adam-beta2 0.95""",
     )  # fmt: skip
 

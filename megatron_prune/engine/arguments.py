@@ -29,7 +29,17 @@ from megatron_prune.checkpoint.tracker import (
     repair_tracker,
 )
 from megatron_prune.data import tokenizers
-from megatron_prune.engine import cpu, fp8, from_checkpoint, installed, layers, parallel_residual, refusals, vocabulary
+from megatron_prune.engine import (
+    cpu,
+    fp8,
+    from_checkpoint,
+    installed,
+    layers,
+    parallel_residual,
+    refusals,
+    resume,
+    vocabulary,
+)
 from megatron_prune.errors import CheckpointError, CommandLineError, UsageError
 from megatron_prune.settings import Settings, add_flags, nearest
 
@@ -82,6 +92,8 @@ def parse(
     refuse_unfit(args)
     fp8.apply_preset(args, argv)
     _resolve_checkpoint_paths(args)
+    if hasattr(args, "start_over"):  # a verb that trains
+        resume.resolve_start(args)
     if not from_checkpoint.given(argv, "--use-tokenizer-model-from-checkpoint-args"):
         # Keep the command line's tokenizer: a stored one is a path on the machine that made the checkpoint.
         args.use_tokenizer_model_from_checkpoint_args = False

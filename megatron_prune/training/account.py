@@ -187,6 +187,7 @@ def refuse_other_run(save: Path, wanted: dict[str, Any]) -> None:
             raise UsageError(
                 "--save", got=f"{save}, which holds a run with {name} {_short(held.get(name))}",
                 expected=f"a new directory, or one that holds a run with {name} {_short(value)}",
+                do="give another --save, or --start-over DIR to move that run and begin again",
             )  # fmt: skip
 
 

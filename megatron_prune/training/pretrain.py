@@ -26,7 +26,7 @@ from megatron_prune.checkpoint.reader import HUGGINGFACE_FOLDER, open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration
 from megatron_prune.claims import writing
 from megatron_prune.data.streams import parse_range
-from megatron_prune.engine import from_checkpoint, optimizer_layout, runtime
+from megatron_prune.engine import from_checkpoint, optimizer_layout, resume, runtime
 from megatron_prune.errors import CheckpointError, UsageError
 from megatron_prune.training import batch_flags, distillation, lineage
 from megatron_prune.training.account import (
@@ -76,9 +76,12 @@ def run(args: argparse.Namespace, learner: Learner | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, save: Path | None, learner: Learner | None) -> int:
+    if save is not None:
+        resume.move_old_run(args)
     objective = distillation.stated(args) if _speaks(args) else None
     if save is not None:
-        refuse_other_run(save, _identity(args) | ({} if objective is None else {"objective": objective}))
+        own = _identity(args) | {"parameters": ModelShape.from_args(vars(args)).parameters()}
+        refuse_other_run(save, own | ({} if objective is None else {"objective": objective}))
     chosen = choose(args)
     if chosen is None:
         refuse_zeros_that_fill(args)

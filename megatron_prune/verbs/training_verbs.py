@@ -107,6 +107,13 @@ class DistillationSettings(Settings):
 class RunSettings(BatchScheduleSettings, MasksSettings, StreamSettings):
     """Of every training run."""
 
+    TITLE = "token stream"
+
+    start_over: str | None = setting(
+        None, metavar="DIR", help="move the run in --save to DIR, a new path, and begin again; where DIR is that run, "
+        "it has been moved, and the new one continues"
+    )  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainSettings(DistillationSettings, RunSettings):
