@@ -1,10 +1,10 @@
 """torchrun's agent of one node, for ``launch/node.sh``: ``python -m megatron_prune.engine.agent <words of torchrun>``.
 
-torchrun restarts a job after every failure. This agent does not when a rank exits with ``EXIT_REFUSED``: the same command
-would be refused again. It then exits with that code too, which Slurm and Kubernetes see.
+torchrun restarts a job after every failure. This agent does not when a rank exits with ``EXIT_REFUSED``: the same
+command would be refused again. It then exits with that code too, which Slurm and Kubernetes see.
 
-When a job ends, the agent that holds the rendezvous store may leave before the others. They then say so in one line, not
-in tracebacks that hide what the run printed last, and their ranks have ``GRACE`` seconds to end by themselves.
+When a job ends, the agent that holds the rendezvous store may leave before the others. They print one line about it, not
+tracebacks that hide what the run printed last, and their ranks have ``GRACE`` seconds to end by themselves.
 """
 
 from __future__ import annotations
