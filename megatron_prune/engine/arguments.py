@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -92,6 +94,7 @@ def parse(
     if args.bf16 and args.fp16:
         raise UsageError("--bf16, --fp16", expected="at most one of them", got="both")
     _refuse_missing_gpu(args)
+    _refuse_expandable_segments(args)
     refuse_unfit(args)
     fp8.apply_preset(args, argv)
     _resolve_checkpoint_paths(args)
@@ -117,6 +120,7 @@ def parse(
     if args.tokenizer_type == "HuggingFaceTokenizer" and args.tokenizer_model is not None:
         tokenizers.refuse_absent(args.tokenizer_model)  # Megatron will load it
     argument_checks.check_shape(args)
+    set_connections(args)
     with layers.unseen(args), argument_checks.explain_assertions():
         validate_args(args, {})
     layers.refuse_unfit(args)
@@ -245,6 +249,27 @@ def _refuse_missing_gpu(args: argparse.Namespace) -> None:
             expected="off on this machine",
             why="no GPU is visible, and Megatron's local RMSNorm cannot do it",
         )
+
+
+def _refuse_expandable_segments(args: argparse.Namespace) -> None:
+    """Refuse asynchronous saves with expandable segments: the saving process cannot open these in most containers."""
+    if not (args.async_save and args.use_persistent_ckpt_worker):
+        return
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        if re.search(r"expandable_segments\s*:\s*true", os.environ.get(name, ""), re.IGNORECASE):
+            raise UsageError(
+                "--async-save", got=f"{name}={os.environ[name]}", expected="expandable_segments to be off",
+                why="the saving process gets CUDA tensors, and opening such segments fails in unprivileged containers: "
+                "pytorch#165685",
+                do=f"unset {name}, or save without --async-save",
+            )  # fmt: skip
+
+
+def set_connections(args: argparse.Namespace) -> None:
+    """One hardware queue per device, unless the user chose: Megatron requires it for tensor and context parallelism up
+    to Hopper, and refuses FSDP with it. CUDA reads it when its context is created."""
+    if not (args.use_torch_fsdp2 or args.use_megatron_fsdp):
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _resolve_checkpoint_paths(args: argparse.Namespace) -> None:

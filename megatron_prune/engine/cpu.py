@@ -62,7 +62,6 @@ def prepare() -> None:
     screen.divert()  # the imports print nothing that users need
     if not is_cpu():
         return
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if _prepared:  # in the process that this one was forked from (engine/fork_server.py)
         return
     _prepared = True

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_prune import screen
-from megatron_prune.engine import fork_server, network
+from megatron_prune.engine import agent, fork_server, network
 from megatron_prune.errors import RunError, UsageError
 
 EXIT_TIMEOUT = 124
@@ -286,10 +286,8 @@ def _be_torchrun() -> None:
         fork_server.die_with(int(caller), signal.SIGTERM)
     for name in ("STANDALONE", "RDZV_BACKEND", "RDZV_ENDPOINT"):
         os.environ.pop(f"PET_{name}", None)
-    from torch.distributed import run  # takes seconds: the caller may have exited by then
-
     store = network.store_of_this_machine()
-    run.main(["--master-addr", store.host, "--master-port", str(store.port), *sys.argv[1:]])
+    agent.run(["--master-addr", store.host, "--master-port", str(store.port), *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -2,16 +2,19 @@
 # already set are kept.
 
 # One hardware queue, so that a kernel is issued before the communication that it overlaps with. Megatron refuses
-# tensor or context parallelism without it on Hopper and older, and FSDP with it.
+# tensor or context parallelism without it on Hopper and older, and FSDP with it. The run itself sets it too, for bare
+# torchrun and for studies (megatron_prune/engine/arguments.py).
 case " $* " in
 *" --use-torch-fsdp2 "* | *" --use-megatron-fsdp "*) ;;
 *) export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" ;;
 esac
 
 # The sizes of activations change with every micro-batch; expandable segments avoid fragmentation.
-# Megatron refuses them with NCCL's user buffers, and refuses CUDA graphs with them if NCCL registers graph buffers.
+# Megatron refuses them with NCCL's user buffers, and refuses CUDA graphs with them if NCCL registers graph buffers. An
+# asynchronous save sends CUDA tensors to its own process, which cannot open such segments in an unprivileged container
+# ("pidfd_getfd: Operation not permitted", pytorch#165685, #179220): this package refuses that pair.
 case " $* " in
-*" --use-nccl-ub "*) ;;
+*" --use-nccl-ub "* | *" --async-save "*) ;;
 *)
     export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
     export NCCL_GRAPH_REGISTER="${NCCL_GRAPH_REGISTER:-0}"

@@ -17,6 +17,9 @@
 # one: without it all agents exit within seconds with a nonzero code. Slurm then requeues the job, Kubernetes restarts
 # its pods, and it resumes from the last save.
 #
+# A run that is refused (exit code 2) is not restarted, and this script exits with 2. Any other failure exits with
+# MEGATRON_PRUNE_RETRY_CODE where it is set (Kubernetes: pytorchjob.yaml), otherwise with torchrun's code.
+#
 # SIGTERM and SIGUSR1 go to the ranks only. With --exit-signal-handler Megatron finishes its step, saves, and exits with
 # code 0 on all nodes; a restart decides by account.json, never by exit codes.
 set -uo pipefail
@@ -28,7 +31,7 @@ export PET_RDZV_ID="${PET_RDZV_ID:-megatron-prune}" PET_MAX_RESTARTS="${PET_MAX_
 
 # On one machine: a torchrun whose store no other machine reaches. The store of c10d listens on all addresses, and the
 # agent unpickles what is in it.
-run=(-m torch.distributed.run)
+run=(-m megatron_prune.engine.agent)
 if [ "$PET_NNODES" = 1 ]; then run=(-m megatron_prune.engine.launch -); fi
 
 agent=
@@ -53,5 +56,7 @@ agent=$!
 while true; do
     wait "$agent"
     code=$?
-    kill -0 "$agent" 2>/dev/null || exit "$code" # otherwise a signal ended the wait, not the agent
+    kill -0 "$agent" 2>/dev/null || break # otherwise a signal ended the wait, not the agent
 done
+case "$code" in 0 | 2) exit "$code" ;; esac
+exit "${MEGATRON_PRUNE_RETRY_CODE:-$code}"

@@ -95,7 +95,6 @@ def rehearse(
             RANK="0", WORLD_SIZE=str(gpus), LOCAL_RANK="0", LOCAL_WORLD_SIZE=str(per_node),
             MASTER_ADDR="127.0.0.1", MASTER_PORT="29500",
         )  # fmt: skip
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # launch/ sets it
         off = _pretend_gpu(capability, has)
         args = _parse(verb, argv)
         microbatches = _microbatches(args)

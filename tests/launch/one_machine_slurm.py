@@ -1,5 +1,5 @@
-"""A real Slurm on this machine: a controller and nodes n1, n2, … with one "GPU" each. Requires root and slurm-wlm, which
-is installed by apt where it is missing."""
+"""A real Slurm on this machine: a controller and nodes n1, n2, … with one "GPU" each. Requires root and slurm-wlm,
+which is installed by apt where it is missing."""
 
 from __future__ import annotations
 
@@ -79,22 +79,40 @@ class OneMachineSlurm:
         self.ask("slurmd", "-N", f"n{number}", "-f", self.env["SLURM_CONF"], "-L", self.folder / f"n{number}.log")
 
     def kill_node(self, number: int) -> None:
-        """As if it lost power: its daemon and all that the daemon started."""
-        nodes.kill_tree(int((self.folder / f"n{number}.pid").read_text()))
-        for pid in self.of_this("slurmstepd"):
-            if f"[n{number}" in Path(f"/proc/{pid}/cmdline").read_text():
-                nodes.kill_tree(pid)
+        """As if it lost power: its daemon, its tasks and what runs them."""
+        tasks = [pid for pid in _processes() if _has(pid, f"SLURMD_NODENAME=n{number}", str(self.folder))]
+        steps = {parent for pid in tasks if _name(parent := _parent(pid)) == "slurmstepd"}
+        for pid in (int((self.folder / f"n{number}.pid").read_text()), *steps, *tasks):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
-    def of_this(self, name: str) -> list[int]:
-        """Processes of that name with this Slurm's configuration."""
-        found = subprocess.run(["pgrep", "-x", name], capture_output=True, text=True).stdout.split()
-        return [int(pid) for pid in found if str(self.folder).encode() in _environment(pid)]
+    def daemons(self) -> list[int]:
+        names = ("slurmd", "slurmctld")
+        return [pid for pid in _processes() if _name(pid) in names and _has(pid, str(self.folder))]
 
 
-def _environment(pid: str) -> bytes:
+def _processes() -> list[int]:
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+
+
+def _has(pid: int, *texts: str) -> bool:
+    """Whether the environment or the command line of a process contains all the texts."""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/environ").read_bytes() + Path(f"/proc/{pid}/cmdline").read_bytes()
-    return b""
+        found = Path(f"/proc/{pid}/environ").read_bytes() + Path(f"/proc/{pid}/cmdline").read_bytes()
+        return all(text.encode() in found for text in texts)
+    return False
+
+
+def _name(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
+def _parent(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
 
 
 def require_programs() -> None:
@@ -158,7 +176,7 @@ def running_slurm(folder: Path, count: int = 2) -> Iterator[OneMachineSlurm]:
 def _stop(slurm: OneMachineSlurm) -> None:
     subprocess.run(["scancel", "--full", "--user", "root"], env=slurm.env, capture_output=True)
     time.sleep(1)
-    pids = [pid for name in ("slurmstepd", "slurmd", "slurmctld") for pid in slurm.of_this(name)]
+    pids = slurm.daemons()
     with contextlib.suppress(OSError):
         pids.append(int((slurm.folder / "munge" / "pid").read_text()))
     for pid in pids:

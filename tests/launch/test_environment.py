@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 
 import pytest
 
+from megatron_prune.errors import UsageError
 from tests.engine.test_fp8 import words
 from tests.launch.nodes import ROOT
 
@@ -49,7 +51,7 @@ def validated(argv: list[str], variables: dict[str, str]) -> str:
     installed.assume(installed.named("te,apex"))
     try:
         arguments.parse("pretrain", argv)
-    except AssertionError as error:
+    except (AssertionError, UsageError) as error:
         return str(error)
     return "yes"
 
@@ -71,5 +73,38 @@ def test_what_megatron_refuses_together_is_not_set() -> None:
         "NCCL_GRAPH_REGISTER": "0",
     }
     assert "PYTORCH_CUDA_ALLOC_CONF" not in environment("pretrain", "--use-nccl-ub", "--lr", "1")
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in environment("pretrain", "--async-save", "--lr", "1")
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in environment("pretrain", "--use-torch-fsdp2")
     assert environment("pretrain", PYTORCH_CUDA_ALLOC_CONF="")["PYTORCH_CUDA_ALLOC_CONF"]
+
+
+TP = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+ASYNC = ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
+SEGMENTS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "answer"),
+    [
+        (TP, {}, "yes"),  # bare torchrun
+        (TP, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, "CUDA_DEVICE_MAX_CONNECTIONS"),
+        (ASYNC, {}, "yes"),
+        (ASYNC, SEGMENTS, "--async-save: expected expandable_segments to be off"),
+    ],
+)
+def test_a_run_sets_what_the_user_did_not(distributed, flags, variables, answer) -> None:
+    (got,) = distributed(validated, 1, words("depth 16", "--bf16", *flags), variables)
+    assert answer in got
+
+
+def test_fsdp_keeps_its_queues(monkeypatch) -> None:
+    from megatron_prune.engine.arguments import set_connections
+
+    for fsdp, expected in (("use_torch_fsdp2", None), ("use_megatron_fsdp", None), ("", "1")):
+        monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+        names = ("use_torch_fsdp2", "use_megatron_fsdp")
+        set_connections(argparse.Namespace(**{name: name == fsdp for name in names}))
+        assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    set_connections(argparse.Namespace(use_torch_fsdp2=False, use_megatron_fsdp=False))
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"

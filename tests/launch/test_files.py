@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 
 import pytest
 import yaml
@@ -62,3 +64,26 @@ def test_docker_files_copy_what_is_there(name) -> None:
     assert copied and all((ROOT / path).exists() for path in copied)
     entry = re.search(r'ENTRYPOINT \["bash", "(.*)"\]', text)
     assert entry and (ROOT / entry[1]).is_file()
+
+
+@pytest.mark.parametrize("broken", [None, "numpy", "transformer_engine_torch"])
+def test_the_build_calls_what_the_image_compiled(tmp_path, broken) -> None:
+    """tools/check_image.py with stand-ins that import: it fails where a call does."""
+    assert "python tools/check_image.py" in (LAUNCH / "Dockerfile.ngc").read_text()
+    fails = "def __getattr__(name): raise ImportError('built for another numpy')\n"
+    torch = "class cuda:\n    is_available = staticmethod(lambda: False)\n__version__ = '2'\n"
+    torch += "def from_numpy(array):\n    raise RuntimeError('Numpy is not available')\n" if broken == "numpy" else (
+        "class Tensor:\n    item = lambda self: 1\n    numpy = lambda self: __import__('numpy').ones(1)\n"
+        "def from_numpy(array): return Tensor()\n"
+    )  # fmt: skip
+    extension = fails if broken == "transformer_engine_torch" else "def get_cublasLt_version(): return 1\n"
+    stand_ins = {"torch": torch, "transformer_engine_torch": extension, "transformer_engine/pytorch": "",
+                 "transformer_engine/__init__": "", "megatron/core": "", "megatron_prune": ""}  # fmt: skip
+    for name, text in stand_ins.items():
+        path = tmp_path / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "tools" / "check_image.py")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (done.returncode == 0) == (broken is None), done.stderr

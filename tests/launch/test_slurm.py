@@ -76,11 +76,44 @@ def test_a_job_at_its_time_limit_saves_is_requeued_and_completes(job, tiny_corpu
     assert nodes.losses(save) == nodes.losses(undisturbed)
 
 
-def test_a_job_that_gets_nowhere_is_not_requeued(tmp_path) -> None:
-    log = tmp_path / "log.txt"
-    running = submit(["no-such-verb", "--save", str(tmp_path / "run")], tmp_path, log)
-    assert running.wait(60) == 1
-    assert "not requeued" in log.read_text() and not (tmp_path / "requeued").exists()
+@pytest.mark.parametrize(
+    ("began", "at", "ends", "code", "says"),
+    [
+        ([], None, None, 1, "nothing was saved since step 0 (exit code 1): not requeued"),
+        ([], None, 30, 1, "went from step 0 to step 30 (exit code 1): requeued, to continue from step 30"),
+        ([], 57, 21, 0, "went back from step 57 to step 21"),
+        ([57], 21, 40, 1, "went back from step 57 to step 40"),  # across requeues
+        ([57], 57, 57, 1, "nothing was saved since step 57"),
+        ([57, 57, 57], 57, 60, 0, "nothing was saved after step 57 in three attempts"),
+        ([], 20, 30, 2, "the run was refused (above): not requeued"),
+        ([], "release", 30, 0, "went from step 0 to step 30"),
+    ],
+)
+def test_a_job_is_requeued_when_it_made_progress(tmp_path, began, at, ends, code, says) -> None:
+    """A job whose attempts began at these steps, with a training that leaves the run at ``ends``."""
+    log, save = tmp_path / "log.txt", tmp_path / "run"
+    save.mkdir()
+    tracker = save / "latest_checkpointed_iteration.txt"
+    if at is not None:
+        tracker.write_text(str(at))
+    (save / ".slurm-7.steps").write_text("".join(f"{step}\n" for step in began))
+    training = tmp_path / "python"
+    training.write_text(f"#!/bin/bash\n{f'echo {ends} > {tracker}' if ends is not None else ''}\nexit {code}\n")
+    training.chmod(0o755)
+    argv = ["pretrain", "--save", str(save)]
+    ended = submit(argv, tmp_path, log, restarts=len(began), PYTHON=str(training)).wait(120)
+    assert says in log.read_text()
+    requeued = "requeued, to continue" in says or "release" == at
+    assert (tmp_path / "requeued").exists() == requeued == (ended == 0)
+    assert (save / ".slurm-7.steps").exists() == requeued
+
+
+def test_a_finished_job_that_slurm_starts_again_trains_no_more(tmp_path) -> None:
+    log, save = tmp_path / "log.txt", tmp_path / "run"
+    save.mkdir()
+    (save / "account.json").write_text(json.dumps({"complete": True}, indent=2))
+    assert submit(["pretrain", "--save", str(save)], tmp_path, log, restarts=1, **NO_TRAINING).wait(120) == 0
+    assert "is complete" in log.read_text() and "node.sh" not in (tmp_path / "steps").read_text()
 
 
 @pytest.mark.parametrize(

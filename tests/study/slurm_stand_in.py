@@ -138,7 +138,7 @@ def installed(folder: Path, verb: Verb, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 def _run(argv: Sequence[str], verb: Verb) -> tuple[int, str]:
     """A call of ``python``, or of torchrun through it: its exit code and output."""
-    if list(argv[:2]) == ["-m", "torch.distributed.run"]:
+    if list(argv[:2]) == ["-m", "megatron_prune.engine.agent"]:
         argv = argv[2:]
     if list(argv[:3]) == ["-m", "megatron_prune.engine.launch", "-"]:  # the same on one machine
         argv = argv[3:]
