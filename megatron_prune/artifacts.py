@@ -125,6 +125,12 @@ _UMASK = os.umask(0)
 os.umask(_UMASK)
 
 
+_OF_A_CHECKPOINT = (
+    "latest_checkpointed_iteration.txt", "metadata.json", ".metadata", "common.pt", "pruning.json", "integrity.json",
+    "account.json", "losses.csv",
+)  # fmt: skip
+
+
 def refuse_unwritable(
     flag: str, path: str | Path, *, kind: Literal["file", "directory"] = "file", appended: bool = False
 ) -> None:
@@ -133,6 +139,9 @@ def refuse_unwritable(
     where = storage.path(path)
     if storage.is_stored(where):
         return
+    # ``--save`` names a run, whose account is written there.
+    if flag != "--save" and kind == "file" and where.name in _OF_A_CHECKPOINT and where.exists():
+        raise UsageError(flag, got=path, expected="a new file", why="this one is part of a checkpoint")
     try:
         if where.exists() and where.is_dir() != (kind == "directory"):
             number = errno.EISDIR if kind == "file" else errno.ENOTDIR

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_prune import storage
 from megatron_prune.artifacts import read_json, write_bytes
-from megatron_prune.errors import CheckpointError, MegatronPruneError, StorageError
+from megatron_prune.errors import CheckpointError, MegatronPruneError, StorageError, UsageError
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 _TRACKER_BYTES = 20  # more digits than any iteration has
@@ -200,6 +200,18 @@ _WHY_NOT_STORED = (
 def refuse_remote(flag: str, path: str | Path) -> None:
     """Raise UsageError, naming ``flag``, if a new checkpoint would be written to an object store."""
     storage.refuse_stored(flag, path, _WHY_NOT_STORED)
+
+
+def refuse_inside_checkpoint(flag: str, path: str | Path) -> None:
+    """Raise UsageError, naming ``flag``, for an output that would be a save of another checkpoint, or inside one."""
+    where = Path(path).absolute()
+    own_name = _ITERATION.fullmatch(where.name) is not None or where.name == "release"
+    inside = any((folder / ".metadata").is_file() for folder in where.resolve().parents)
+    if inside or own_name and is_megatron(where.resolve().parent):
+        raise UsageError(
+            flag, got=path, expected="a new directory outside checkpoints",
+            why="no verb writes into a checkpoint that it could have read",
+        )  # fmt: skip
 
 
 def refuse_foreign(directory: Path) -> None:

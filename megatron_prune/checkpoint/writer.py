@@ -41,7 +41,7 @@ from megatron_prune.checkpoint.reader import (
     open_checkpoint,
 )
 from megatron_prune.checkpoint.record import RecordFiles, Segment, object_record, tensor_record
-from megatron_prune.checkpoint.tracker import TRACKER_FILE, refuse_remote
+from megatron_prune.checkpoint.tracker import TRACKER_FILE, refuse_inside_checkpoint, refuse_remote
 from megatron_prune.errors import CheckpointError
 from megatron_prune.untrusted import refuse_link_outside
 
@@ -80,6 +80,7 @@ class CheckpointWriter:
         parts: Sequence[Part] = (),
     ) -> None:
         refuse_remote("--save", root)
+        refuse_inside_checkpoint("--save", root)
         self.root = Path(root).absolute()
         self.dtype = dtype
         self.args = rewrite_args(args, dtype)

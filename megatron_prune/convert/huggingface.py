@@ -22,7 +22,7 @@ from megatron_prune.checkpoint.layout import ModelShape, WeightLayout, vocabular
 from megatron_prune.checkpoint.model_arguments import refuse_unrestored
 from megatron_prune.checkpoint.parallel import Blocks
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
-from megatron_prune.checkpoint.tracker import is_megatron
+from megatron_prune.checkpoint.tracker import is_megatron, refuse_inside_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter, copy_side_files
 from megatron_prune.convert import gguf_file, safetensors_io
 from megatron_prune.convert.config import (
@@ -164,6 +164,7 @@ def export_hf(
     exported = Exported(checkpoint.directory, family.kind, None if masks is None else masks.folder)
     exported.allowing(allow_non_finite)
     target = Path(hf)
+    refuse_inside_checkpoint("--hf", target)
     check_space(target, sum(checkpoint.spec(name).nbytes for name in checkpoint.names) * (1 + gguf))
     with explain_full_disk(target), atomic_directory(target) as folder:
         safetensors_io.write_sharded(folder, exported.entries, exported, max_shard_bytes, workers)

@@ -59,6 +59,8 @@ def make_plan(asked: verbs.PlanSettings, own: Settings) -> PruningPlan | Unscore
             do=f"make one with {'learn-masks' if method.learned else 'calibrate'}",
         )
     refuse_unwritable("--output", asked.output)
+    if Path(asked.output).resolve() in [Path(path).resolve() for path in asked.statistics]:
+        raise UsageError("--output", got=asked.output, expected="another file than --statistics")
     parent = open_checkpoint(asked.load)
     if asked.verify_integrity:
         parent.verify(hashes=True)

@@ -31,6 +31,7 @@ from typing import Any
 from megatron_prune import methods, verbs
 from megatron_prune.artifacts import refuse_unwritable
 from megatron_prune.checkpoint.reader import open_checkpoint
+from megatron_prune.checkpoint.tracker import refuse_inside_checkpoint
 from megatron_prune.checkpoint.writer import refuse_uncarried
 from megatron_prune.data.multiple_choice import Requests
 from megatron_prune.engine import runtime
@@ -221,6 +222,7 @@ def _new(save: str | None) -> Path:
     folder = Path(save)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError("--save", got=folder, expected="a directory that is empty or does not exist")
+    refuse_inside_checkpoint("--save", folder)
     refuse_unwritable("--save", folder, kind="directory")
     return folder
 

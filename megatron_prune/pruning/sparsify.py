@@ -23,6 +23,7 @@ from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.model_arguments import refuse_unrestored
 from megatron_prune.checkpoint.parallel import finite
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
+from megatron_prune.checkpoint.tracker import refuse_inside_checkpoint
 from megatron_prune.checkpoint.writer import refuse_uncarried
 from megatron_prune.claims import writing
 from megatron_prune.engine import fp8, runtime
@@ -49,6 +50,7 @@ def sparsify(own: verbs.SparsifySettings, words: Sequence[str], verb: str = "spa
         if args.save is None:
             raise UsageError("--save", got="nothing", expected="a directory for the pruned checkpoint")
         save = Path(args.save)
+        refuse_inside_checkpoint("--save", save)
         if args.fp8_param_gather:
             raise UsageError(
                 "--fp8-param-gather", got="on", expected="off with this verb", why="it would store the weights as FP8"

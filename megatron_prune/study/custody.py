@@ -26,9 +26,9 @@ from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration
 from megatron_prune.data.schedule import FILE, Schedule
 from megatron_prune.errors import AccountError
-from megatron_prune.study.pair import ALLOWED
 from megatron_prune.training import objective
 from megatron_prune.training.account import COLUMNS, Device, read_account
+from megatron_prune.training.argument_roles import ALLOWED
 from megatron_prune.untrusted import Keys, check, reason
 
 WEIGHTS = ("fingerprint", "full_hash")

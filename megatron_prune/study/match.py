@@ -32,23 +32,17 @@ from typing import Any
 
 from megatron_prune.data.blend import intersecting
 from megatron_prune.errors import AccountError
-from megatron_prune.study.pair import ACCOUNTED, ALLOWED, OWN_STEPS, TOLERANCE, Line, Runs
+from megatron_prune.study.pair import ACCOUNTED, TOLERANCE, Account, Line, Runs
 from megatron_prune.study.sample_ranges import counted
 from megatron_prune.training import lineage, objective
 from megatron_prune.training.account import total_flops
+from megatron_prune.training.argument_roles import ALLOWED, LEARNS, OWN_STEPS
 from megatron_prune.training.lineage import Stage
 
 NAMED = "differs: these tokens are counted as the parent's own recipe spent them"
 TOKENIZER = "tokenizer_type"
 TEACHER = re.compile(r"objective$|teacher|distill_")  # arguments of the objective
 OF_ITS_STEPS = ("train_iters", "lr_decay_iters", "lr_warmup_iters")
-# The head of the report names these one by one; all other differences share one line.
-_LEARNS = re.compile(
-    r"lr|min_lr|decoupled|warmup|weight_decay|start_weight|end_weight|apply_wd|no_weight|clip_grad|optimizer|adam|sgd"
-    r"|muon|lion|global_batch|rampup|step_batch|seq_length|bf16|fp16|fp8|fp4|loss_scale|hidden_dropout"
-    r"|attention_dropout|init_method|calculate_per_token|reset_|eod_mask|grad_reduce_in|accumulate_allreduce|main_"
-    r"|exp_avg|tokenizer_model|use_precision_aware|iterations_to_skip"
-)
 
 
 def equal_training(runs: Runs) -> list[Line]:
@@ -248,7 +242,8 @@ def recipes(runs: Runs, setting: str) -> list[Line]:
             if key == TOKENIZER:
                 why = f"{value} of {stage['run']} against {arm}: their tokens are not the same unit"
                 raise runs.refuse(setting, f"{of}: {key}", why)
-            (named if _LEARNS.match(key) else others).append((key, value, arm))
+            # The head of the report names the recipe one by one; all other differences share one line.
+            (named if LEARNS.match(key) else others).append((key, value, arm))
         lines += [Line(f"{of}: {key}", value, arm, NAMED) for key, value, arm in named]
         if others:
             theirs, ours = ("; ".join(f"{one[0]} {one[side]}" for one in others) for side in (1, 2))

@@ -17,68 +17,15 @@ from typing import Any
 
 from megatron_prune.errors import AccountError
 from megatron_prune.training import objective
+from megatron_prune.training.argument_roles import ALLOWED
 from megatron_prune.training.lineage import Stage
 
 Account = Mapping[str, Any]
 Environment = Mapping[str, str]
 
-# Resolved arguments that may differ between the two arms of any comparison, and why.
-ALLOWED: dict[str, str] = {
-    "pretrained_checkpoint": "start",
-    "shape_from": "start",
-    "use_checkpoint_args": "start",
-    "finetune": "start",
-    # Set by pretrain for FP8 weights that start from a checkpoint (training/pretrain.py).
-    "load_main_params_from_ckpt": "start",
-    "no_load_optim": "start",
-    "stream_ckpt_dequant": "start",
-    "load": "output path",
-    "save": "output path",
-    "tensorboard_dir": "output path",
-    "wandb_save_dir": "output path",
-    "wandb_exp_name": "output path",
-    "save_interval": "how often an output is saved",
-    # Set by pretrain if a run continues at another number of ranks (engine/optimizer_layout.py).
-    "ddp_bucket_size": "how gradients are packed to be sent",
-    "masks": "a path; which masks they are is compared by their hash",
-    "teacher": "a path; which weights they are is compared by their fingerprint",
-    "teacher_cache": "a path; what it holds is compared with the objective",
-    **dict.fromkeys(
-        ("dynamic_batch_every", "domain_validation", "reference_losses", "domain_samples", "batch_schedule"),
-        "how batches are scheduled, which is compared by what came of it",
-    ),
-    # Counters that Megatron keeps among its arguments. The range says what was consumed.
-    "iteration": "progress at the last start",
-    "curr_iteration": "progress at the last start",
-    "consumed_train_samples": "progress at the last start",
-    "consumed_valid_samples": "progress at the last start",
-    "skipped_train_samples": "progress at the last start",
-    "num_floating_point_operations_so_far": "progress at the last start",
-    # How a global batch is computed: only the order of summation changes, so the last digits differ.
-    **dict.fromkeys(
-        (
-            "micro_batch_size",
-            "eval_micro_batch_size",
-            "world_size",
-            "inprocess_active_world_size",
-            "data_parallel_size",
-            "rank",
-            "local_rank",
-        ),
-        "how a batch is shared out",
-    ),
-}
-# Arguments that follow from the number of steps, in settings in which it differs.
-OWN_STEPS: dict[str, str] = {
-    "train_iters": "own steps",
-    "lr_decay_iters": "own steps",
-    "lr_warmup_iters": "own steps, by the recipe",
-    "stream_range": "own steps",
-    "eval_interval": "own steps",
-}
 SWEPT: dict[str, str] = dict.fromkeys(("lr", "min_lr"), "chosen by validation loss among the same rates for both arms")
 HORIZON = ("train_iters", "lr_decay_iters")  # if set, they equal the run's own steps
-STREAM = ("id", "seed", "seq_length", "epochs", "blend")
+STREAM = ("id", "seed", "seq_length", "epochs", "corpora")  # content: the paths of the data may differ
 ACCOUNTED = ("global_batch_size", "seq_length", "seed", "permutation_seed", "parameters")
 TOLERANCE = 0.001
 DIFFERS = "differs"  # of the environment: listed at the top of the report
@@ -283,10 +230,19 @@ class Runs:
         rates = [float(rate) for rate in self.swept]
         return [self.equal(setting, "learning rates tried", rates, rates)]
 
+    def _refuse_changed(self, setting: str, allowed: Mapping[str, str]) -> None:
+        """AccountError if a launch that continued one of the runs had another argument outside ``allowed``."""
+        for name, account in ((self.pruned_name, self.pruned), (self.scratch_name, self.scratch)):
+            for key, value, step in changed_arguments(account):
+                if key not in allowed:
+                    why = f"{account['arguments'].get(key)} when {name} began, {value} from step {step} on"
+                    raise self.refuse(setting, f"arguments.{key}", why)
+
     def arguments(self, setting: str, allowed: Mapping[str, str]) -> list[Line]:
         """Compare every resolved argument: differences in ``allowed`` are listed, others refused."""
         ours, theirs = self.pruned["arguments"], self.scratch["arguments"]
         allowed = allowed if self.swept is None else {**allowed, **SWEPT}
+        self._refuse_changed(setting, allowed)
         lines, same = [], 0
         for key in sorted(set(ours) | set(theirs)):
             a, b = ours.get(key, "absent"), theirs.get(key, "absent")
@@ -302,6 +258,17 @@ class Runs:
 def _drawn(block: Mapping[str, Any] | None) -> Any:
     """A block's first step, and how many samples of each corpus it has."""
     return None if block is None else [block["step"], block["counts"]]
+
+
+def changed_arguments(account: Account) -> list[tuple[str, Any, int]]:
+    """(argument, value, first step) of launches that continued a run with other arguments than it began with."""
+    attempts = account.get("attempts", [])
+    first = max((n for n, attempt in enumerate(attempts) if attempt.get("from_step") == 1), default=0)
+    return [
+        (key, value, attempt["from_step"])
+        for attempt in attempts[first:]
+        for key, value in attempt.get("changed", {}).items()
+    ]
 
 
 def _differing(one: Account, other: Account, allowed: Mapping[str, str]) -> str | None:

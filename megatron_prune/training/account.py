@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,7 @@ from megatron_prune import storage
 from megatron_prune.artifacts import device, read_json, versions, write_bytes, write_json
 from megatron_prune.checkpoint.reader import Checkpoint
 from megatron_prune.errors import AccountError, UsageError
+from megatron_prune.training.argument_roles import diff_arguments, find_recipe_change, is_schedule
 from megatron_prune.training.objective import LM
 from megatron_prune.untrusted import Keys, check
 
@@ -83,18 +85,20 @@ class Account:
         self.tokens = self.steps * self.global_batch_size * self.seq_length
         self.tokens_computed = self.tokens
 
-    def adopt(self, save: Path) -> None:
-        """Take over the account of an earlier attempt at the same run from ``save``.
+    def adopt(self, save: Path) -> dict[str, Any] | None:
+        """Take over the account of an earlier attempt at the same run from ``save``; return the arguments in it.
 
         Raises UsageError if the account there is of another run.
         """
         path = save / ACCOUNT
         if not path.exists():
-            return
+            return None
         earlier = read_account(path)
         refuse_other_run(save, {name: getattr(self, name) for name in _IDENTITY})
         for name in ("start", "initial", "lineage", "attempts", "replayed"):
             setattr(self, name, earlier[name])
+        began: dict[str, Any] = earlier["arguments"]
+        return began
 
     def write(self, save: Path) -> None:
         """Replace ``account.json``."""
@@ -155,6 +159,7 @@ class _Attempt(TypedDict, total=False):
     device: Device | None
     versions: dict[str, str]
     ended: str  # why it ended before its last step, where the run itself ended it
+    changed: dict[str, Any]  # arguments that differ from the account's, which are those of the launch that began
 
 
 # The types of ``account.json``: those of the fields above, and more precisely where readers look inside.
@@ -187,12 +192,31 @@ def refuse_other_run(save: Path, wanted: dict[str, Any]) -> None:
         return
     held = read_account(path)
     for name, value in wanted.items():
-        if held.get(name) != value:
+        found, value = (_without_paths(one) for one in (held.get(name), value))
+        if found != value:
+            found, value = show_difference(found, value)
             raise UsageError(
-                "--save", got=f"{save}, which holds a run with {name} {_short(held.get(name))}",
-                expected=f"a new directory, or one that holds a run with {name} {_short(value)}",
+                "--save", got=f"{save}, which holds a run with {name} {found}",
+                expected=f"a new directory, or one that holds a run with {name} {value}",
                 do="give another --save, or --start-over DIR to move that run and begin again",
             )  # fmt: skip
+
+
+def refuse_other_recipe(save: Path, arguments: dict[str, Any]) -> None:
+    """UsageError if the run in ``save`` began with another recipe than this launch's ``arguments``."""
+    if not (save / ACCOUNT).exists():
+        return
+    began = read_account(save / ACCOUNT)["arguments"]
+    name = find_recipe_change(began, arguments)
+    if name is None:
+        return
+    do = "repeat the command that began the run, or give another --save to begin a new one"
+    if is_schedule(name):
+        do += "; --override-opt_param-scheduler changes the schedule, and comparisons then refuse the run"
+    raise UsageError(
+        f"--{name.replace('_', '-')}", got=arguments[name], expected=began.get(name),
+        why=f"the run in {save} began with that", do=do,
+    )  # fmt: skip
 
 
 def total_flops(account: Mapping[str, Any]) -> int:
@@ -227,8 +251,9 @@ def close(save: Path, checkpoint: Checkpoint) -> None:
 class AccountRecorder:
     """Writes a run's losses and its account, on the one rank that has the loss."""
 
-    def __init__(self, account: Account, save: Path):
+    def __init__(self, account: Account, save: Path, began: dict[str, Any] | None = None):
         self.account, self.save = account, save
+        self._began = began  # the arguments of the run's first launch, if this one continues it
         self.began = time.time()
         self._table: storage.GrowingText | None = None
 
@@ -263,16 +288,19 @@ class AccountRecorder:
         csv.writer(table).writerows([COLUMNS, *kept])
         write_bytes(path, table.getvalue().encode())
         self._table = storage.GrowingText(path, table.getvalue())
-        ranks = account.arguments.get("world_size")  # an elastic job may continue with fewer nodes
-        account.attempts.append(
-            {
-                "began": self.began,
-                "from_step": first,
-                "world_size": ranks,
-                "device": device(),
-                "versions": versions(),
-            }
-        )
+        now = account.arguments
+        attempt = {
+            "began": self.began,
+            "from_step": first,
+            "world_size": now.get("world_size"),  # an elastic job may continue with fewer nodes
+            "device": device(),
+            "versions": versions(),
+        }
+        if self._began is not None and first > 1:
+            account.arguments = self._began
+            if changed := diff_arguments(self._began, now):
+                attempt["changed"] = changed
+        account.attempts.append(attempt)
         account.write(self.save)
         return self._table
 
@@ -321,6 +349,23 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) < 80 else text[:77] + "…"
+def _without_paths(value: Any) -> Any:
+    """A stream without the paths of its corpora, whose content is compared: the data may have been moved."""
+    if not isinstance(value, dict) or "blend" not in value:
+        return value
+    return {**value, "blend": [weight for weight, _ in value["blend"]]}
+
+
+_SHOWN = 60  # characters
+
+
+def show_difference(one: Any, other: Any) -> tuple[str, str]:
+    """Both values as text: of mappings the keys that differ, of long texts what is around the first difference."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+        one, other = ({key: value.get(key) for key in keys} for value in (one, other))
+    texts = str(one), str(other)
+    first = len(os.path.commonprefix(texts))
+    start = max(0, first - _SHOWN // 3) if max(map(len, texts)) > _SHOWN else 0
+    shown = [f"{'…' * bool(start)}{text[start:][:_SHOWN]}{'…' * (len(text) > start + _SHOWN)}" for text in texts]
+    return shown[0], shown[1]

@@ -51,7 +51,7 @@ _NOT_OF_THE_RECIPE = re.compile(
     r"|biencoder|retriever|indexer|dsa_|mask_|short_seq|patch_dim|num_classes|num_channels|ft_|calc_ft|fault_"
     r"|error_injection|rerun|msc|enable_msc|fim_|sft|let_zeros|use_checkpoint_args|fp32$|finetune|no_load"
     r"|verify_integrity|num_layers|hidden_size|num_attention_heads|num_query_groups|ffn_hidden_size|kv_channels"
-    r"|encoder_|decoder_|start_eval|phase_transition|run_workload|data_parallel_size|max_tokens_to_oom|output_bert"
+    r"|encoder_|decoder_|start_eval|start_over|phase_transition|run_workload|data_parallel_size|max_tokens_to_oom|output_bert"
     r"|use_legacy|enable_ft|heterogeneous_|domain_|batch_schedule|distill_|teacher|objective$"
 )
 

@@ -37,6 +37,7 @@ from megatron_prune.training.account import (
     AccountRecorder,
     close,
     is_complete,
+    refuse_other_recipe,
     refuse_other_run,
 )
 from megatron_prune.training.cached_targets import CachedTargets
@@ -85,6 +86,8 @@ def _run(args: argparse.Namespace, save: Path | None, learner: Learner | None) -
     if save is not None:
         own = _identity(args) | {"parameters": ModelShape.from_args(vars(args)).parameters()}
         refuse_other_run(save, own | ({} if objective is None else {"objective": objective}))
+        if args.load is not None and find_iteration(save) is not None:
+            refuse_other_recipe(save, _resolved(args))
     chosen = choose(args)
     if chosen is None:
         refuse_zeros_that_fill(args)
@@ -144,6 +147,12 @@ def _identity(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.seed,
         "batching": batch_flags.identity(args),
     }
+
+
+def _resolved(args: argparse.Namespace) -> dict[str, Any]:
+    """Every argument, as JSON."""
+    resolved: dict[str, Any] = json.loads(json.dumps(vars(args), default=str))
+    return resolved
 
 
 def _already_finished(args: argparse.Namespace, save: Path) -> bool:
@@ -423,7 +432,7 @@ class _OnFirstStep:
             flops_recomputed=recomputed_flops(args, shape) * samples,
             flops_theoretical=shape.training_flops(args.seq_length, removed) * samples,
             unique_tokens=self.unique,
-            arguments=json.loads(json.dumps(vars(args), default=str)),
+            arguments=_resolved(args),
             initial=None
             if self.initial is None
             else {k: self.initial[k] for k in ("path", "fingerprint", "pruning", MISSING) if k in self.initial},
@@ -432,9 +441,9 @@ class _OnFirstStep:
             domains=self.provider.domains(),
             schedule=None if self.provider.batches is None else self.provider.batches.described(),
         )
-        account.adopt(self.save)
+        began = account.adopt(self.save)
         _carry_tokenizer(args, self.save)
-        return AccountRecorder(account, self.save)
+        return AccountRecorder(account, self.save, began)
 
 
 def _carry_tokenizer(args: argparse.Namespace, save: Path) -> None:

@@ -7,9 +7,10 @@ import shutil
 
 import pytest
 
+from megatron_prune.artifacts import refuse_unwritable
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.tracker import TRACKER_FILE, find_iteration, is_complete, repair_tracker
-from megatron_prune.errors import CheckpointError
+from megatron_prune.errors import CheckpointError, UsageError
 from tests.checkpoint import small
 
 
@@ -94,3 +95,24 @@ def test_losing_the_only_checkpoint_is_an_error_not_a_new_start(tmp_path, whole,
 def test_an_iteration_can_be_named(root):
     tracker(root, "20")
     assert open_checkpoint(root / "iter_0000010").iteration == 10
+
+
+@pytest.mark.parametrize("name", ["iter_0000050", "release", "iter_0000010/new"])
+def test_no_output_is_a_save_of_another_checkpoint(root, tmp_path_factory, name):
+    """Also through a link. A folder with a name of its own is no save."""
+    link = tmp_path_factory.mktemp("link") / "link"
+    link.symlink_to(root)
+    before = sorted(root.rglob("*"))
+    for where in (root, link):
+        with pytest.raises(UsageError, match="--save: expected a new directory outside checkpoints"):
+            small.write(where / name)
+    assert sorted(root.rglob("*")) == before
+    small.write(root / "pruned")
+
+
+def test_no_output_is_a_file_of_a_checkpoint(root):
+    tracker(root, "20")
+    for name in (TRACKER_FILE, "iter_0000010/metadata.json"):
+        with pytest.raises(UsageError, match="--output: expected a new file.*part of a checkpoint"):
+            refuse_unwritable("--output", root / name)
+    refuse_unwritable("--output", root / "scores.json")

@@ -261,6 +261,22 @@ def test_a_horizon_that_is_not_the_runs_own_steps_is_refused() -> None:
         total(scratch=tampered(EQUAL_TOTAL, "arguments.lr_decay_iters", 500))
 
 
+@pytest.mark.parametrize("compare", [training, total])
+def test_a_launch_that_continued_with_other_arguments_is_seen(compare):
+    """Also where both accounts hold the same arguments, those of the launches that began. A path may change."""
+
+    def continued(*changed: dict) -> dict:
+        attempts = [{"from_step": 1}, *({"from_step": step + 2, "changed": one} for step, one in enumerate(changed))]
+        return PRUNED | {"attempts": attempts}
+
+    compare(continued({"train_data_path": ["moved"], "micro_batch_size": 1}))
+    with pytest.raises(AccountError, match="run-p and run-s.*arguments.attention_backend.*fused from step 3 on"):
+        compare(continued({"save": "moved"}, {"attention_backend": "fused"}))
+    again = continued({"attention_backend": "fused"})
+    again["attempts"].append({"from_step": 1})  # nothing had been saved: all steps were repeated
+    compare(again)
+
+
 @pytest.mark.parametrize("end", [2400 + 16, 2400 - 16])
 def test_equal_total_allows_one_step(end: int) -> None:
     lines = {line.field: line for line in total(scratch=account("random", 0, end))}

@@ -57,16 +57,18 @@ def test_three_hundred_steps_resumed_at_another_layout(tiny_pruned, tiny_corpus,
 
 
 def test_resumed_without_its_optimizer(tiny_pruned, tiny_corpus, tmp_path):
-    """Masters are made again from the weights, and the moments start at zero."""
+    """Masters are made again from the weights, and the moments start at zero. In another folder: the run in --save
+    does not change what it began with."""
     pruned, save = tiny_pruned("2:4"), tmp_path / "run"
     argv = start_from(pruned, *recipe(tiny_corpus, RANGE, save), "--bf16", "--save-interval", "3")
     code, output = run_function(
         watch, tmp_path / "first", 1, [str(w) for w in (*argv, "--exit-interval", "3")], pruned.file, str(tmp_path)
     )
     assert code == 0, output[-4000:]
-    watched([*argv, "--no-load-optim"], tmp_path / "then", 1, pruned.file)
-    assert_zero_in_checkpoint(save / "iter_0000006", pruned.kept, moments=ADAM)
-    assert account(save)["complete"] and len(losses(save)) == STEPS
+    second = tmp_path / "second"
+    watched([*argv, "--no-load-optim", "--save", second], tmp_path / "then", 1, pruned.file)
+    assert_zero_in_checkpoint(second / "iter_0000006", pruned.kept, moments=ADAM)
+    assert account(second)["complete"] and len(losses(second)) == STEPS - 3
 
 
 def test_a_resumed_run_finds_its_masks_and_keeps_to_them(tiny_pruned, tiny_corpus, tmp_path, job):

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_prune.artifacts import read_json
 from megatron_prune.checkpoint.tracker import find_iteration
+from megatron_prune.training.account import show_difference
 from tests.training.small import MODEL, recipe
 
 RANGE = "16:64"
@@ -65,6 +66,20 @@ def test_another_run_in_save_is_refused(whole, tiny_corpus, tiny_parent, tmp_pat
         (whole, ["--pretrained-checkpoint", tiny_parent], "that run began with random weights"),
         (whole, ["--finetune"], "a run that began without it"),
         (whole, ["--no-load-optim"], "a run that began without it"),
+        *(
+            (whole, flags.split(), f"{flags.split()[0]}: expected")
+            for flags in (
+                "--adam-beta2 0.9",
+                "--clip-grad 0",
+                "--lr 2e-2",
+                "--lr-decay-style linear",
+                "--weight-decay 0",
+                "--optimizer sgd",
+                "--bf16",
+                "--lr-warmup-fraction 0.2",
+                "--hidden-dropout 0.1",
+            )
+        ),
         (plain, [], "no account.json"),
         (plain, ["--finetune", "--load", plain], "write over the checkpoint that it begins with"),
         (whole, ["--start-over", tiny_parent / "release"], "a path that does not exist yet"),
@@ -75,6 +90,30 @@ def test_another_run_in_save_is_refused(whole, tiny_corpus, tiny_parent, tmp_pat
         assert refused.returncode == 2 and says in refused.output, (more, refused.output[-2000:])
         assert "Traceback" not in refused.output
     assert before == (whole / "account.json").read_bytes()
+
+
+def test_moved_data_and_a_moved_run_continue_and_changes_are_kept(whole, stopped, tiny_corpus, tmp_path, job):
+    moved, data = tmp_path / "moved", tmp_path / "data"
+    os.rename(stopped, moved)
+    data.mkdir()
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{tiny_corpus}{suffix}", data / f"text{suffix}")
+    job(_run(data / "text", moved, "--micro-batch-size", 1)).ok()
+    losses = [[float(line.split(",")[2]) for line in (run / "losses.csv").read_text().splitlines()[1:]]
+              for run in (whole, moved)]  # fmt: skip
+    assert losses[1] == pytest.approx(losses[0], rel=2e-5)
+    account = read_json(moved / "account.json")
+    changed = account["attempts"][1]["changed"]
+    assert changed == {
+        "micro_batch_size": 1, "eval_micro_batch_size": 1, "train_data_path": [str(data / "text")], "save": str(moved),
+    }  # fmt: skip
+    assert account["arguments"] == read_json(whole / "account.json")["arguments"]
+
+
+def test_a_difference_is_shown_where_it_is():
+    one, other = ({"id": "a", "path": "/very/long" * 20 + end} for end in ("/x", "/y"))
+    found = show_difference(one, other)
+    assert found[0].endswith("/x'}") and found[1].endswith("/y'}") and len(found[0]) < 70
 
 
 def test_start_over_moves_the_old_run_once(whole, stopped, tiny_corpus, tmp_path, job):
