@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import re
+import resource
 import shutil
 import stat
 import tempfile
@@ -271,7 +272,7 @@ def explain_full_disk(target: Path, kept: str = "nothing was kept") -> Iterator[
         refusal = disk_refusal(error)
         if refusal is None or storage.is_stored(target):
             raise
-        what, remedy = _name_refusal(refusal, "writing", target)
+        what, remedy = describe_refusal(refusal, "writing", target)
         raise CheckpointError(f"{what}: {kept}; {remedy} or choose another output") from error
 
 
@@ -286,10 +287,10 @@ def explain_failed_save(save: Path | None) -> Iterator[None]:
     except (CheckpointException, OSError) as error:
         if save is None or storage.is_stored(save) or not save.is_dir():
             raise
-        usage, refusal = shutil.disk_usage(save), disk_refusal(error)
+        usage, refusal = shutil.disk_usage(save), _refusal_of_save(error, save)
         if usage.free > max(16 << 20, usage.total // 1000) and refusal is None:
             raise
-        what, remedy = _name_refusal(refusal, "saving to", save)
+        what, remedy = describe_refusal(refusal, "saving to", save)
         raise CheckpointError(f"{what}: earlier saves are complete; {remedy} and run the same command again") from error
 
 
@@ -301,7 +302,16 @@ def disk_refusal(error: BaseException) -> OSError | None:
     return next(chain, None)
 
 
-def _name_refusal(refusal: OSError | None, verb: str, path: Path) -> tuple[str, str]:
+def _refusal_of_save(error: BaseException, save: Path) -> OSError | None:
+    """The same for a save of Megatron, whose writers lose the system's error: a file in ``save`` that ends at the limit
+    says it."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit != resource.RLIM_INFINITY and any(p.is_file() and p.stat().st_size >= limit for p in save.rglob("*")):
+        return OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    return disk_refusal(error)
+
+
+def describe_refusal(refusal: OSError | None, verb: str, path: Path) -> tuple[str, str]:
     """What stopped ``verb`` (``writing``) to ``path``, and the remedy."""
     if refusal is not None and refusal.errno == errno.EFBIG:
         return f"the limit on the size of files was reached while {verb} {path}", "raise it (ulimit -f unlimited)"

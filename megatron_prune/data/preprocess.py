@@ -9,7 +9,6 @@ inputs that an earlier one finished.
 from __future__ import annotations
 
 import ctypes
-import errno
 import itertools
 import multiprocessing
 import os
@@ -108,11 +107,13 @@ def preprocess(
             _tokenize(parts, todo, encoder, workers)
             merged = parts.merge(keys, encoder.dtype)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            refusal = artifacts.disk_refusal(error)
+            if refusal is None:
                 raise
+            what, remedy = artifacts.describe_refusal(refusal, "writing", Path(output_prefix))
             raise RunError(
-                f"no space left while writing {output_prefix}: finished inputs are kept; free some space "
-                "(the merge needs as much again as the corpus) and run the same command again"
+                f"{what}: finished inputs are kept; {remedy} (the merge needs as much again as the corpus) and run the "
+                "same command again"
             ) from error
         manifests = [parts.manifest(key) for key in keys]
         total = {name: sum(found[name] for found in manifests) for name in ("documents", "sequences", "tokens")}
