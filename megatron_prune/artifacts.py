@@ -8,6 +8,7 @@ the next run of the same stage removes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import importlib.metadata
@@ -18,6 +19,7 @@ import platform
 import re
 import resource
 import shutil
+import signal
 import stat
 import tempfile
 import time
@@ -25,7 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_prune import storage
+from megatron_prune import screen, storage
 from megatron_prune.claims import claim
 from megatron_prune.errors import CheckpointError, MegatronPruneError, StorageError, UsageError, error_chain
 from megatron_prune.untrusted import explain, refuse_link_outside
@@ -238,6 +240,29 @@ def device() -> dict[str, str]:
     names = (line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name"))
     name = next(names, platform.machine())
     return {"kind": "cpu", "name": name, "capability": torch.backends.cpu.get_cpu_capability()}
+
+
+WORKERS_PER_CORE, FEWEST_WORKERS = 4, 8  # workers also wait for disks; a few are always allowed
+
+
+def bound_workers(flag: str, workers: int, least: int = 1) -> int:
+    """``workers``, or as many as this machine gives to this process, a rank of several; what is lowered is printed. No
+    output depends on their number. UsageError below ``least``."""
+    if workers < least:
+        raise UsageError(flag, got=workers, expected=f"at least {least} process")
+    cores = len(os.sched_getaffinity(0))
+    most = max(FEWEST_WORKERS, WORKERS_PER_CORE * cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if workers > most:
+        screen.say(f"{flag} {workers}: this machine gives {cores} cores; {most} are started")
+    return min(workers, most)
+
+
+def end_with_parent(parent: int) -> None:
+    """In a worker: have the kernel kill it when ``parent`` ends (Linux); otherwise it would wait for work forever."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # it had already ended
+        os._exit(1)
 
 
 def _cpu_lines() -> list[str]:

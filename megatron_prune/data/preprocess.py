@@ -8,7 +8,6 @@ inputs that an earlier one finished.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import multiprocessing
 import os
@@ -94,8 +93,7 @@ def preprocess(
         if others or len(paths) < len(inputs) or splitter is not None:
             got = others[0] if others else "sentences" if splitter is not None else "a data set"
             raise UsageError("--input-tokens", got=got, expected="whole records of array_record files")
-    if workers < 1:
-        raise UsageError("--workers", got=workers, expected="at least 1 process")
+    workers = artifacts.bound_workers("--workers", workers)
     begun = monotonic()
     encoder = Encoder(tokenizer, append_eod, splitter, token_type(tokenizer.vocab_size), token_ids)
     settings = encoder.describe()
@@ -268,10 +266,7 @@ def _start_worker(encoder: Encoder, parent: int) -> None:
     global _in_worker
     _in_worker = encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    # PR_SET_PDEATHSIG: the kernel kills a worker whose parent is killed; otherwise it would wait forever (Linux).
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    artifacts.end_with_parent(parent)
 
 
 def _work(batch: list[RawDocument]) -> RecordBatch:

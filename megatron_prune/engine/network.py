@@ -73,20 +73,22 @@ def check_launcher() -> None:
 
 
 @contextlib.contextmanager
-def watch_rendezvous(minutes: float) -> Iterator[None]:
+def watch_rendezvous() -> Iterator[None]:
     """Say what this process waits for in the block, if it waits for long; RunError where other ranks never came."""
-    from torch.distributed import DistError  # type: ignore[attr-defined]  # public, but not in its __all__
+    from torch.distributed import DistNetworkError, DistStoreError  # type: ignore[attr-defined]  # not in its __all__
 
     rank, ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     waits = f"rank {rank} waits for the other ranks of {ranks} at {place}"
-    said = threading.Timer(SECONDS_UNTIL_SAID, screen.say, (f"{waits}, for {minutes:g} minutes",), {"everywhere": True})
+    said = threading.Timer(
+        SECONDS_UNTIL_SAID, screen.say, (f"{waits}, for --distributed-timeout-minutes",), {"everywhere": True}
+    )
     said.daemon = True
     if ranks != "1" and os.environ.get("LOCAL_RANK", "0") == "0":
         said.start()
     try:
         yield
-    except DistError as error:
+    except (DistNetworkError, DistStoreError) as error:
         why = str(error).partition("\n")[0][:200]
         raise RunError(
             f"{waits}: they did not come ({why}); start all ranks with torchrun, with the same MASTER_ADDR, "
@@ -207,9 +209,7 @@ def guard(training: Any) -> None:
         return
 
     def initialize_alone(*positional: Any, **named: Any) -> Any:
-        from megatron.training import get_args
-
-        with watch_rendezvous(get_args().distributed_timeout_minutes):
+        with watch_rendezvous():
             done = initialize(*positional, **named)
         refuse_strangers()
         return done
