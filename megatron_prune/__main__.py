@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
@@ -79,20 +80,31 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_REFUSED
     try:
         with screen.escaping(), screen.quiet(verb, rest) as rest:
-            code: int = command(verb, "main")(rest)
-        return code
+            return _run(verb, rest)
     except MegatronPruneError as error:
         text, code = screen.printable(str(error), lines=error.lines), error.exit_code
-    except OSError as error:
-        if isinstance(error, BrokenPipeError) or not untrusted.is_explained(error):
-            raise
-        text = screen.printable(untrusted.explain(error, error.filename or "a file", "read or written"), lines=False)
-        code = EXIT_REFUSED
     if os.environ.get("RANK", "0") != "0":
         # Rank 0 prints the same error. The launcher kills all ranks once one exits, so wait for rank 0.
         time.sleep(3)
     print(f"megatron-prune {verb}: {text}", file=sys.stderr, flush=True)
     return code
+
+
+def _run(verb: str, words: list[str]) -> int:
+    """The verb's exit code. What a disk or the machine has refused becomes a MegatronPruneError."""
+    try:
+        code: int = command(verb, "main")(words)
+        return code
+    except (MegatronPruneError, BrokenPipeError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and untrusted.is_explained(error):
+            text = untrusted.explain(error, error.filename or "a file", "read or written")
+        else:
+            text = untrusted.explain_machine(error) or ""
+        if not text:
+            raise
+        raise MegatronPruneError(text) from error
 
 
 def command(verb: str, part: str) -> Callable[..., Any]:
@@ -151,8 +163,11 @@ def console() -> int:
             if signal.getsignal(one) != signal.SIG_IGN:  # nohup
                 signal.signal(one, _end)
     sys.excepthook = screen.print_traceback
+    _open_closed_streams()
     try:
         code = main()
+        if code:  # what a refused write left unfinished complains at the exit
+            sys.unraisablehook = lambda _: None
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -163,6 +178,18 @@ def console() -> int:
         words = " ".join(sys.argv[1:2])
         print(f"megatron-prune {words}: ended by {number.name}; what was half-written is removed", file=sys.stderr)
         return 128 + number
+
+
+def _open_closed_streams() -> None:
+    """Where the caller has closed standard output (``>&-``), a file that is opened would get its number."""
+    is_silent = sys.stdout is None
+    for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            with contextlib.suppress(OSError):
+                if os.open(os.devnull, os.O_RDWR) == number:
+                    setattr(sys, name, open(number, "w" if number else "r", closefd=False))
+    if is_silent:
+        print("megatron-prune: standard output is closed: what is printed there is lost", file=sys.stderr)
 
 
 if __name__ == "__main__":

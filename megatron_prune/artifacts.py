@@ -8,6 +8,7 @@ the next run of the same stage removes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import importlib.metadata
@@ -16,7 +17,9 @@ import math
 import os
 import platform
 import re
+import resource
 import shutil
+import signal
 import stat
 import tempfile
 import time
@@ -24,7 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_prune import storage
+from megatron_prune import screen, storage
 from megatron_prune.claims import claim
 from megatron_prune.errors import CheckpointError, MegatronPruneError, StorageError, UsageError, error_chain
 from megatron_prune.untrusted import explain, refuse_link_outside
@@ -248,6 +251,29 @@ def device() -> dict[str, str]:
     return {"kind": "cpu", "name": name, "capability": torch.backends.cpu.get_cpu_capability()}
 
 
+WORKERS_PER_CORE, FEWEST_WORKERS = 4, 8  # workers also wait for disks; a few are always allowed
+
+
+def bound_workers(flag: str, workers: int, least: int = 1) -> int:
+    """``workers``, or as many as this machine gives to this process, a rank of several; what is lowered is printed. No
+    output depends on their number. UsageError below ``least``."""
+    if workers < least:
+        raise UsageError(flag, got=workers, expected=f"at least {least} process")
+    cores = len(os.sched_getaffinity(0))
+    most = max(FEWEST_WORKERS, WORKERS_PER_CORE * cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if workers > most:
+        screen.say(f"{flag} {workers}: this machine gives {cores} cores; {most} are started")
+    return min(workers, most)
+
+
+def end_with_parent(parent: int) -> None:
+    """In a worker: have the kernel kill it when ``parent`` ends (Linux); otherwise it would wait for work forever."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # it had already ended
+        os._exit(1)
+
+
 def _cpu_lines() -> list[str]:
     path = Path("/proc/cpuinfo")
     return path.read_text(errors="replace").splitlines() if path.is_file() else []
@@ -280,7 +306,7 @@ def explain_full_disk(target: Path, kept: str = "nothing was kept") -> Iterator[
         refusal = disk_refusal(error)
         if refusal is None or storage.is_stored(target):
             raise
-        what, remedy = _name_refusal(refusal, "writing", target)
+        what, remedy = describe_refusal(refusal, "writing", target)
         raise CheckpointError(f"{what}: {kept}; {remedy} or choose another output") from error
 
 
@@ -295,10 +321,10 @@ def explain_failed_save(save: Path | None) -> Iterator[None]:
     except (CheckpointException, OSError) as error:
         if save is None or storage.is_stored(save) or not save.is_dir():
             raise
-        usage, refusal = shutil.disk_usage(save), disk_refusal(error)
+        usage, refusal = shutil.disk_usage(save), _refusal_of_save(error, save)
         if usage.free > max(16 << 20, usage.total // 1000) and refusal is None:
             raise
-        what, remedy = _name_refusal(refusal, "saving to", save)
+        what, remedy = describe_refusal(refusal, "saving to", save)
         raise CheckpointError(f"{what}: earlier saves are complete; {remedy} and run the same command again") from error
 
 
@@ -310,7 +336,16 @@ def disk_refusal(error: BaseException) -> OSError | None:
     return next(chain, None)
 
 
-def _name_refusal(refusal: OSError | None, verb: str, path: Path) -> tuple[str, str]:
+def _refusal_of_save(error: BaseException, save: Path) -> OSError | None:
+    """The same for a save of Megatron, whose writers lose the system's error: a file in ``save`` that ends at the limit
+    says it."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit != resource.RLIM_INFINITY and any(p.is_file() and p.stat().st_size >= limit for p in save.rglob("*")):
+        return OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    return disk_refusal(error)
+
+
+def describe_refusal(refusal: OSError | None, verb: str, path: Path) -> tuple[str, str]:
     """What stopped ``verb`` (``writing``) to ``path``, and the remedy."""
     if refusal is not None and refusal.errno == errno.EFBIG:
         return f"the limit on the size of files was reached while {verb} {path}", "raise it (ulimit -f unlimited)"

@@ -113,7 +113,8 @@ _bar: Any = None  # tqdm's bar while it is shown
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdecimal() else 0  # engine/network.py refuses others
 
 
 def say(text: str, *, everywhere: bool = False) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune import storage
-from megatron_prune.errors import MegatronPruneError
+from megatron_prune.errors import MegatronPruneError, error_chain
 
 MOST_JSON_BYTES = 32 << 20  # the plan of a model of 80 layers and 28,672 channels has 14 MB
 MOST_JSON_MEMORY = 256 << 20  # payload, text and values
@@ -123,7 +123,32 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "it is a link where none is followed, or its links lead in a circle",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "the machine has too many open files: end other work",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.ENOMEM: "free some memory, or raise the limit (ulimit -v)",
+    errno.EAGAIN: "raise the limit of processes (ulimit -u), or start fewer",
 }
+# What libraries say of the same in errors of their own.
+_SAID = {
+    "Too many open files": errno.EMFILE, "File too large": errno.EFBIG, "failed to map segment": errno.ENOMEM,
+    "annot allocate memory": errno.ENOMEM, "can't allocate memory": errno.ENOMEM,
+    "can't start new thread": errno.EAGAIN,
+}  # fmt: skip
+_OF_MACHINE = (errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT)
+
+
+def explain_machine(error: BaseException) -> str | None:
+    """One line if the machine had no more memory, descriptors, processes or room for files, whatever a library made of
+    it; else None."""
+    for one in error_chain(error):
+        number = one.errno if isinstance(one, OSError) else None
+        if isinstance(one, MemoryError):
+            number = errno.ENOMEM
+        elif isinstance(one, ImportError | RuntimeError):
+            number = next((value for text, value in _SAID.items() if text in str(one)), None)
+        if number in _OF_MACHINE:
+            return f"the machine has refused: {os.strerror(number)}; {_REMEDIES[number]}"
+    return None
 
 
 def is_explained(error: OSError) -> bool:

@@ -7,12 +7,14 @@ import hashlib
 import math
 import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from megatron_prune import artifacts
-from megatron_prune.errors import CheckpointError, MegatronPruneError
+from megatron_prune.errors import CheckpointError, MegatronPruneError, UsageError
 
 
 @pytest.fixture
@@ -149,3 +151,30 @@ def test_a_disk_that_refused_is_found_in_a_cyclic_chain_of_errors(tmp_path: Path
     other.__context__ = first
     with pytest.raises(ValueError, match="first"), artifacts.explain_full_disk(tmp_path / "made"):
         raise first
+
+
+def test_workers_are_bounded_by_the_machine(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(artifacts.os, "sched_getaffinity", lambda _: set(range(16)))
+    assert [artifacts.bound_workers("--workers", number) for number in (1, 64, 65, 99999)] == [1, 64, 64, 64]
+    assert "--workers 99999: this machine gives 16 cores; 64 are started" in capsys.readouterr().out
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert artifacts.bound_workers("--num-workers", 99999) == 8
+    with pytest.raises(UsageError, match="--workers: expected at least 1 process, got 0"):
+        artifacts.bound_workers("--workers", 0)
+
+
+def test_a_worker_ends_with_its_parent() -> None:
+    reading, writing = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        me = os.getpid()
+        if os.fork() == 0:
+            artifacts.end_with_parent(me)
+            os.write(writing, b"here")
+            time.sleep(3600)
+        time.sleep(3600)
+    os.close(writing)
+    assert os.read(reading, 4) == b"here"
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    assert os.read(reading, 4) == b""  # the last process that had it open has ended

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -145,3 +146,38 @@ def test_a_training_run_goes_on_where_its_last_whole_save_is(
     job([*argv, *flags]).ok()
     assert open_checkpoint(folder / "made").full_hash() == open_checkpoint(whole).full_hash()
     shutil.rmtree(folder / "made")
+
+
+# Limits of the shell: (limit, verb, the one line).
+LIMITS = [
+    ("ulimit -f 100", "apply", "the limit on the size of files was reached while writing"),
+    ("ulimit -f 100", "import", "the limit on the size of files was reached while writing"),
+    ("ulimit -f 100", "export", "the limit on the size of files was reached while writing"),
+    ("ulimit -f 100", "sparsify", "the limit on the size of files was reached while writing"),
+    ("ulimit -f 1000", "pretrain", "the limit on the size of files was reached while saving to"),
+    ("ulimit -n 16", "pretrain", "Too many open files; raise the limit of open files"),
+    ("ulimit -v 150000", "apply", "Cannot allocate memory; free some memory"),
+    ("exec >&-", "apply", "standard output is closed"),
+]
+
+
+@pytest.mark.parametrize(("limit", "verb", "said"), LIMITS, ids=[f"{verb} {limit}" for limit, verb, _ in LIMITS])
+def test_a_limit_of_the_shell_is_one_line(
+    tiny_hf: Callable[..., Path], tiny_parent: Path, tiny_corpus: Path, tmp_path: Path, limit: str, verb: str, said: str
+) -> None:
+    made, plan = tmp_path / "made", tmp_path / "plan.json"
+    make(open_checkpoint(tiny_parent), "random", num_layers=3, ffn_hidden_size=100).write(plan)
+    argv = {
+        "apply": ["apply", "--load", tiny_parent, "--plan", plan, "--save", made],
+        "import": ["convert", "import", "--hf", tiny_hf("llama-gqa", layers=4), "--save", made],
+        "export": ["convert", "export", "--load", tiny_parent, "--hf", made],
+        "sparsify": sparsifying.flags(tiny_parent, made, "magnitude", "--ratio", 0.5),
+        "pretrain": ["pretrain", *MODEL, *recipe(tiny_corpus, "0:8", made)],
+    }[verb]
+    command = ["bash", "-c", f'{limit}; exec "$@"', "bash", sys.executable, "-m", "megatron_prune", *map(str, argv)]
+    environment = {**os.environ, "MEGATRON_PRUNE_VERBOSE": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    lines = (done.stdout + done.stderr).splitlines()
+    assert done.returncode == (0 if ">" in limit else 2) and said in lines[-1], (done.returncode, lines[-20:])
+    assert not any("Traceback" in line or "ignored" in line for line in lines) and len(done.stderr.splitlines()) == 1
+    assert verb == "pretrain" or made.exists() == (">" in limit)

@@ -27,10 +27,10 @@ import numpy
 import torch
 
 from megatron_prune import screen
-from megatron_prune.artifacts import atomic_directory, read_json, write_json
+from megatron_prune.artifacts import atomic_directory, bound_workers, read_json, write_json
 from megatron_prune.checkpoint.layout import LAYERS, WeightLayout
 from megatron_prune.checkpoint.record import RecordFiles, tensor_record
-from megatron_prune.errors import CheckpointError, UsageError
+from megatron_prune.errors import CheckpointError
 
 _LOOK_SECONDS = 1.0  # between updates of the progress bar
 
@@ -85,10 +85,8 @@ def finite(name: str, blocks: Iterable[torch.Tensor], row: int = 0) -> Iterator[
 
 
 def check_workers(workers: int) -> int:
-    """Returns ``workers``; raises UsageError if it is less than 1."""
-    if workers < 1:
-        raise UsageError("--workers", got=workers, expected="at least 1 process")
-    return workers
+    """Returns ``workers``, or what the machine gives; raises UsageError if it is less than 1."""
+    return bound_workers("--workers", workers)
 
 
 def write_shares(folder: Path, layouts: Sequence[WeightLayout], blocks: Blocks, workers: int) -> list[Part]:

@@ -162,7 +162,8 @@ class CheckpointWriter:
 
     def add_all(self, blocks: Blocks, workers: int = 1) -> None:
         """Add every weight of the model from ``blocks``, in this process or in ``workers`` processes."""
-        if check_workers(workers) == 1:
+        workers = check_workers(workers)
+        if workers == 1:
             sizes = (layout.numel * blocks.dtype(layout.name).itemsize for layout in self._layouts.values())
             with screen.Bar(sum(sizes), f"writing {self.root}", "B") as bar:
                 for layout in self._layouts.values():

@@ -120,7 +120,8 @@ def write_sharded(
             write_file(directory / SINGLE, shards[0], lambda name: bar.over(blocks.checked_rows(name), None))
             return
         files = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
-        if check_workers(workers) == 1:
+        workers = check_workers(workers)
+        if workers == 1:
             for name, shard in files.items():
                 write_file(directory / name, shard, lambda key: bar.over(blocks.checked_rows(key), None))
     if workers > 1:

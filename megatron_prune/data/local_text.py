@@ -301,10 +301,11 @@ def docstrings(places: TextPlaces, workers: int = 1) -> Iterator[FoundText]:
                 found.setdefault(name, folder / name)
     names = sorted(found, key=shuffled)
     paths = [found[name] for name in names]
+    workers = artifacts.bound_workers("--workers", workers)
     if workers == 1:
         yield from (FoundText("docstrings", *pair) for pair in zip(names, map(docstrings_of, paths), strict=True))
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), artifacts.end_with_parent, (os.getpid(),))
     try:
         texts = pool.map(docstrings_of, paths, chunksize=32)
         yield from (FoundText("docstrings", *pair) for pair in zip(names, texts, strict=True))

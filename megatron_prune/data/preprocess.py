@@ -8,8 +8,6 @@ inputs that an earlier one finished.
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import itertools
 import multiprocessing
 import os
@@ -95,8 +93,7 @@ def preprocess(
         if others or len(paths) < len(inputs) or splitter is not None:
             got = others[0] if others else "sentences" if splitter is not None else "a data set"
             raise UsageError("--input-tokens", got=got, expected="whole records of array_record files")
-    if workers < 1:
-        raise UsageError("--workers", got=workers, expected="at least 1 process")
+    workers = artifacts.bound_workers("--workers", workers)
     begun = monotonic()
     encoder = Encoder(tokenizer, append_eod, splitter, token_type(tokenizer.vocab_size), token_ids)
     settings = encoder.describe()
@@ -108,11 +105,13 @@ def preprocess(
             _tokenize(parts, todo, encoder, workers)
             merged = parts.merge(keys, encoder.dtype)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            refusal = artifacts.disk_refusal(error)
+            if refusal is None:
                 raise
+            what, remedy = artifacts.describe_refusal(refusal, "writing", Path(output_prefix))
             raise RunError(
-                f"no space left while writing {output_prefix}: finished inputs are kept; free some space "
-                "(the merge needs as much again as the corpus) and run the same command again"
+                f"{what}: finished inputs are kept; {remedy} (the merge needs as much again as the corpus) and run the "
+                "same command again"
             ) from error
         manifests = [parts.manifest(key) for key in keys]
         total = {name: sum(found[name] for found in manifests) for name in ("documents", "sequences", "tokens")}
@@ -267,10 +266,7 @@ def _start_worker(encoder: Encoder, parent: int) -> None:
     global _in_worker
     _in_worker = encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    # PR_SET_PDEATHSIG: the kernel kills a worker whose parent is killed; otherwise it would wait forever (Linux).
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    artifacts.end_with_parent(parent)
 
 
 def _work(batch: list[RawDocument]) -> RecordBatch:

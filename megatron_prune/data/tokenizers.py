@@ -19,7 +19,7 @@ import numpy as np
 from megatron_prune.artifacts import sha256_file, sha256_json
 from megatron_prune.data import chunks
 from megatron_prune.errors import DataError, UsageError
-from megatron_prune.untrusted import read_json, refuse_irregular
+from megatron_prune.untrusted import explain_machine, read_json, refuse_irregular
 
 if TYPE_CHECKING:
     from megatron_prune.checkpoint.reader import Checkpoint
@@ -183,7 +183,7 @@ class HuggingFaceTokenizer:
                 self.model, use_fast=True, trust_remote_code=False, local_files_only=here
             )
         except BaseException as error:  # the libraries raise anything for a damaged file, Rust's panics too
-            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            if isinstance(error, KeyboardInterrupt | SystemExit) or explain_machine(error) is not None:
                 raise
             why = " ".join(str(error).split())[:300] or type(error).__name__
             raise DataError(f"cannot load a Hugging Face tokenizer from {self.model}: {why}") from error

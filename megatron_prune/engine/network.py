@@ -12,6 +12,7 @@ the same secret everywhere (``launch/slurm.sbatch`` makes one for each job).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import io
@@ -19,15 +20,18 @@ import os
 import pickle
 import secrets
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_prune import screen
 from megatron_prune.errors import RunError, UsageError
 
 LOOPBACK = "127.0.0.1"
 KEY_VARIABLE = "MEGATRON_PRUNE_JOB_KEY"
 SHORTEST_KEY = 32
+SECONDS_UNTIL_SAID = 30.0
 _FILE = "megatron_prune_rendezvous"
 _SIGNATURE_BYTES = 32
 _meeting: int | None = None  # the file in which this process meets the other ranks of its job
@@ -37,6 +41,61 @@ _kept: list[Any] = []  # torchrun's store may be the first rank's own, which end
 def anonymous_file() -> int:
     """A file in memory that has no name; forked processes inherit it, and others of this user open it in /proc."""
     return os.memfd_create(_FILE)
+
+
+def check_launcher() -> None:
+    """UsageError for variables of a launcher that are no numbers, contradict each other, or are there in part.
+
+    With ``WORLD_SIZE`` alone this process would wait for ranks that nobody starts.
+    """
+    values: dict[str, int] = {}
+    for name, least in (("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("MASTER_PORT", 0)):
+        text = os.environ.get(name)
+        if text is None:
+            continue
+        if not text.isdecimal() or int(text) < least:
+            raise UsageError(
+                name, got=repr(text), expected=f"a whole number from {least} on", why="this environment variable is "
+                "set by the launcher", do="start ranks with torchrun, or unset it",
+            )  # fmt: skip
+        values[name] = int(text)
+    for rank, ranks in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        most = values.get(ranks, values.get("WORLD_SIZE", 1))
+        if values.get(rank, 0) >= most:
+            raise UsageError(rank, got=values[rank], expected=f"less than {most}, the number of ranks ({ranks})",
+                             do="start ranks with torchrun, or unset it")  # fmt: skip
+    if values.get("WORLD_SIZE", 1) > 1 and "RANK" not in values:
+        raise UsageError(
+            "WORLD_SIZE", got=f"{values['WORLD_SIZE']} without RANK", expected="both, from a launcher",
+            why="this process would wait for ranks that nobody starts",
+            do=f"unset it, or start torchrun --nproc-per-node {values['WORLD_SIZE']} -m megatron_prune …",
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def watch_rendezvous() -> Iterator[None]:
+    """Say what this process waits for in the block, if it waits for long; RunError where other ranks never came."""
+    from torch.distributed import DistNetworkError, DistStoreError  # type: ignore[attr-defined]  # not in its __all__
+
+    rank, ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    waits = f"rank {rank} waits for the other ranks of {ranks} at {place}"
+    said = threading.Timer(
+        SECONDS_UNTIL_SAID, screen.say, (f"{waits}, for --distributed-timeout-minutes",), {"everywhere": True}
+    )
+    said.daemon = True
+    if ranks != "1" and os.environ.get("LOCAL_RANK", "0") == "0":
+        said.start()
+    try:
+        yield
+    except (DistNetworkError, DistStoreError) as error:
+        why = str(error).partition("\n")[0][:200]
+        raise RunError(
+            f"{waits}: they did not come ({why}); start all ranks with torchrun, with the same MASTER_ADDR, "
+            "MASTER_PORT and WORLD_SIZE, and check that this address can be reached"
+        ) from error
+    finally:
+        said.cancel()
 
 
 def make_private() -> None:
@@ -150,7 +209,8 @@ def guard(training: Any) -> None:
         return
 
     def initialize_alone(*positional: Any, **named: Any) -> Any:
-        done = initialize(*positional, **named)
+        with watch_rendezvous():
+            done = initialize(*positional, **named)
         refuse_strangers()
         return done
 

@@ -46,6 +46,7 @@ def start(
     ``words`` are Megatron's part of the command line, ``own`` the verb's settings (``arguments.parse``). Call before
     any other ``megatron`` import, and after ``cpu.prepare``.
     """
+    network.check_launcher()
     os.environ.setdefault("RANK", "0")  # a one-process verb also runs without torchrun
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")

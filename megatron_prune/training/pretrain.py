@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_prune import screen, storage, verbs
-from megatron_prune.artifacts import copy_directory, explain_failed_save
+from megatron_prune.artifacts import bound_workers, copy_directory, explain_failed_save
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.reader import HUGGINGFACE_FOLDER, open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration
@@ -74,6 +74,7 @@ def train(own: verbs.PretrainSettings, words: Sequence[str]) -> int:
 
 def run(args: argparse.Namespace, learner: Learner | None = None) -> int:
     """The same for parsed arguments; ``learner`` learns masks as it goes on."""
+    args.num_workers = bound_workers("--num-workers", args.num_workers, least=0)
     save = storage.path(args.save) if args.save else None
     with nullcontext() if save is None else writing(save, "training", args.rank):
         return _run(args, save, learner)

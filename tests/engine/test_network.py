@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import io
 import os
 import pickle
@@ -170,6 +171,44 @@ def test_megatron_asks_after_its_groups_have_formed(monkeypatch) -> None:
     network.guard(training)
     assert training.initialize_megatron(store=1) == "finish"
     assert done == [{"store": 1}, "asked"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("WORLD_SIZE=2", "WORLD_SIZE: expected both, from a launcher, got 2 without RANK"),
+        ("WORLD_SIZE=two", "WORLD_SIZE: expected a whole number from 1 on, got 'two'"),
+        ("WORLD_SIZE=0 RANK=0", "WORLD_SIZE: expected a whole number from 1 on"),
+        ("RANK=-1", "RANK: expected a whole number from 0 on, got '-1'"),
+        ("RANK=3", "RANK: expected less than 1, the number of ranks"),
+        ("WORLD_SIZE=4 RANK=1 LOCAL_WORLD_SIZE=2 LOCAL_RANK=2", "LOCAL_RANK: expected less than 2"),
+        ("MASTER_PORT=x", "MASTER_PORT: expected a whole number"),
+        ("WORLD_SIZE=4 RANK=3 LOCAL_WORLD_SIZE=2 LOCAL_RANK=1 MASTER_PORT=29500", None),
+        ("RANK=0", None),
+    ],
+)
+def test_variables_of_a_launcher_are_whole(monkeypatch: pytest.MonkeyPatch, line: str, said: str | None) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for word in line.split():
+        monkeypatch.setenv(*word.split("="))
+    if said is None:
+        network.check_launcher()
+        return
+    with pytest.raises(UsageError) as refused:
+        network.check_launcher()
+    assert str(refused.value).startswith(said)
+
+
+def test_a_rendezvous_that_nobody_joins_says_what_it_waits_for_and_ends(monkeypatch, capsys) -> None:
+    from torch.distributed import TCPStore
+
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(network, "SECONDS_UNTIL_SAID", 0.0)
+    with pytest.raises(RunError, match="they did not come .*1/2 clients joined"), network.watch_rendezvous():
+        TCPStore("127.0.0.1", 0, 2, is_master=True, timeout=datetime.timedelta(seconds=2))
+    assert "rank 0 waits for the other ranks of 2 at 127.0.0.1:" in capsys.readouterr().out
 
 
 def addresses_of_this_machine() -> list[str]:
