@@ -32,7 +32,7 @@ from typing import Any
 
 from megatron_prune.data.blend import intersecting
 from megatron_prune.errors import AccountError
-from megatron_prune.study.pair import ACCOUNTED, TOLERANCE, Account, Line, Runs
+from megatron_prune.study.pair import ACCOUNTED, TOLERANCE, Line, Runs
 from megatron_prune.study.sample_ranges import counted
 from megatron_prune.training import lineage, objective
 from megatron_prune.training.account import total_flops
