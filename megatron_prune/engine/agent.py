@@ -3,8 +3,8 @@
 torchrun restarts a job after every failure. This agent does not when a rank exits with ``EXIT_REFUSED``: the same
 command would be refused again. It then exits with that code too, which Slurm and Kubernetes see.
 
-When a job ends, the agent that holds the rendezvous store may leave before the others. They print one line about it,
-not tracebacks that hide what the run printed last, and their ranks have ``GRACE`` seconds to end by themselves.
+When a job ends, the agent that holds the rendezvous store may leave before the others. They then print one line, not
+tracebacks that hide what the run printed last, and their ranks have ``GRACE`` seconds to end by themselves.
 """
 
 from __future__ import annotations

@@ -46,7 +46,9 @@ def wait_for_saves(save: Path, number: int, folder: Path) -> int:
 
 def wait_until_over(slurm: OneMachineSlurm, job: str, log: Path) -> None:
     wait_for_progress(
-        lambda: slurm.state(job) in ("COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL"), "the end", log.read_text
+        lambda: slurm.state(job) in ("COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL"),
+        "the end",
+        lambda: content(log.parent),
     )
 
 
