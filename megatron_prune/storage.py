@@ -305,6 +305,15 @@ def files(folder: Path) -> list[Path]:
     return sorted(cast(Iterator[Path], found))
 
 
+def folder_bytes(folder: Path) -> int:
+    """The size of all files directly in ``folder``: of a store, by one listing."""
+    if isinstance(folder, StorePath):
+        with folder._client() as (client, key):
+            return sum(item.content_length for item in client.list(path=f"{key}/"))
+    with os.scandir(folder) as found:
+        return sum(entry.stat().st_size for entry in found if entry.is_file())
+
+
 def copy_files(source: Path, target: Path, last: str = "") -> None:
     """Copy the files below ``source``, at least one side in a store; files named ``last`` are copied last."""
     for file in sorted(files(source), key=lambda file: file.name == last):

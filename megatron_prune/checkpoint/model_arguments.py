@@ -122,6 +122,54 @@ _OF_THE_RUN = (
 _CANNOT_MATTER = (*_OF_OTHER_MODELS, *_OF_VARIANTS, *_OF_THE_RUN)
 
 
+# Flags that may differ from the checkpoint's, because the stored model computes the same with any value of them.
+FREE = {
+    "attention_dropout": "acts in training only",
+    "hidden_dropout": "acts in training only",
+    "init_method_std": "draws weights; those of a checkpoint are drawn",
+    "embedding_init_method_std": "draws weights; those of a checkpoint are drawn",
+    "make_vocab_size_divisible_by": "pads the vocabulary, and padding has no probability",
+    "max_position_embeddings": "bounds the sequence; where it is the size of a weight, the weight's shape is compared",
+    "apply_query_key_layer_scaling": "computes the same function in other steps",
+    "vocab_size": "says which embeddings are words, where a checkpoint does not know; it must fit the embedding",
+    "heterogeneous_layers_config_path": "the shape of every layer's weights is compared",
+    "heterogeneous_layers_config_encoded_json": "the shape of every layer's weights is compared",
+}
+
+
+def of_the_function() -> dict[str, Any]:
+    """Every argument that says what a model computes, with Megatron's default (None: no common one). A flag beside a
+    checkpoint must agree with it."""
+    names = (*compared(), *sorted(_RESTORED - FREE.keys()))
+    return {name: False if name == "parallel_residual" else known().get(name) for name in names}
+
+
+_ABSENT = "no such flag"
+
+
+def differing_value(stored: Mapping[str, Any], name: str, given: Any) -> Any:
+    """The checkpoint's value of an argument of the function if the value ``given`` asks for another function; else
+    None. ``stored`` are the checkpoint's arguments."""
+    value = stored_argument(stored, name)
+    value = of_the_function()[name] if value is None else value
+    position = stored.get("position_embedding_type", known()["position_embedding_type"])
+    if name in BY_LAYER:
+        layers = stored.get("num_layers") or 0
+        everywhere = [1 - BY_LAYER[name]] * layers  # as without a pattern
+        same = (by_layer(name, value, layers) or everywhere) == (by_layer(name, given, layers) or everywhere)
+    elif name == "num_query_groups" and not stored.get("group_query_attention"):
+        same = given in (value, stored.get("num_attention_heads"))
+    elif name == "use_rotary_position_embeddings":  # an earlier form of --position-embedding-type
+        value, same = position, value or position == "rope"
+    elif name == "add_position_embedding":  # the same
+        value, same = position, not value or position != "learned_absolute"
+    else:
+        same = _plain(value) == _plain(given) or (value is None and name not in known())
+    if same:
+        return None
+    return _ABSENT if value is None or value is False else value
+
+
 def refuse_unrestored(stored: Mapping[str, Any], origin: str, effective: Mapping[str, Any] | None = None) -> None:
     """Raise CheckpointError for a stored argument without which the model would compute something else.
 

@@ -18,6 +18,7 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from megatron_prune import storage
 from megatron_prune.checkpoint.pickle_limits import MOST_OPCODES, refuse_absurd
 from megatron_prune.checkpoint.safe_objects import Opaque
 from megatron_prune.errors import CheckpointError, MegatronPruneError, StorageError
@@ -60,7 +61,7 @@ PLANNING = {
 
 
 _MOST_BYTES = 1 << 30  # of an index
-_BYTES_PER_OPCODE = 256  # of a checkpoint's files; a record of a tensor has 600 bytes at least, and about 20 opcodes
+_BYTES_PER_OPCODE = 16  # of a checkpoint's files: a shard has 1,200 bytes at least, and about 45 opcodes in the index
 _MOST_AXES = 8
 
 
@@ -103,7 +104,7 @@ def load_metadata(directory: Path) -> dcp.Metadata:
         raise
     except (OSError, MegatronPruneError) as error:
         raise CheckpointError(f"{path} is refused: {error}") from error
-    metadata = read_metadata(payload, str(path), most_opcodes=_most_opcodes(directory, payload))
+    metadata = read_metadata(payload, str(path), directory=directory)
     if not isinstance(metadata, dcp.Metadata) or not isinstance(metadata.storage_data, dict):
         raise CheckpointError(f"{path} is refused: expected the index of a checkpoint, got another object")
     try:
@@ -140,28 +141,23 @@ def load_metadata(directory: Path) -> dcp.Metadata:
     return metadata
 
 
-def _most_opcodes(directory: Path, payload: bytes) -> int:
+def _most_opcodes(payload: bytes, directory: Path | None) -> int:
     """A large index is one of large files: without them it is made to cost time."""
-    if len(payload) <= MOST_OPCODES:
+    if len(payload) <= MOST_OPCODES or directory is None:
         return MOST_OPCODES
-    return (
-        MOST_OPCODES + sum(file.stat().st_size for file in directory.iterdir() if file.is_file()) // _BYTES_PER_OPCODE
-    )
+    return MOST_OPCODES + storage.folder_bytes(directory) // _BYTES_PER_OPCODE
 
 
 def read_metadata(
-    payload: bytes,
-    origin: str,
-    planning: Mapping[tuple[str, str], Any] | None = None,
-    *,
-    most_opcodes: int = MOST_OPCODES,
+    payload: bytes, origin: str, planning: Mapping[tuple[str, str], Any] | None = None, *, directory: Path | None = None
 ) -> Any:
     """Unpickle an index through the allow-list. Classes of save plans come from ``planning``, else are ``Opaque``.
 
+    How large it may be depends on the files of the checkpoint in ``directory``: every reader gets the same limit.
     Raises CheckpointError if it is broken or asks for code. Nothing else is validated.
     """
     try:
-        refuse_absurd(payload, most_opcodes)
+        refuse_absurd(payload, _most_opcodes(payload, directory))
         return _MetadataUnpickler(payload, planning or {}).load()
     except _Code as error:
         raise AsksForCode(f"{origin} is refused: {error}") from error

@@ -1,8 +1,10 @@
 """The model's arguments from the checkpoint that the command line names, without ``--use-checkpoint-args``.
 
 ``take`` restores what Megatron's ``--use-checkpoint-args`` restores, and what it omits (``FORGOTTEN``): the
-model's shape, then the sequence length, the precision and the tokenizer. Values on the command line are kept. With an
-explicit ``--use-checkpoint-args``, Megatron's precedence holds: the checkpoint overrides the command line.
+model's shape, then the sequence length, the precision and the tokenizer. A flag of what the model computes must agree
+with the checkpoint, and is refused else (``model_arguments.of_the_function``); other values on the command line are
+kept. With an explicit ``--use-checkpoint-args``, Megatron's precedence holds: what it restores overrides the command
+line.
 
 The checkpoint is that of ``--shape-from``, else that of ``--load`` if it holds one, else ``--pretrained-checkpoint``.
 """
@@ -10,12 +12,18 @@ The checkpoint is that of ``--shape-from``, else that of ``--load`` if it holds 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_prune import storage
-from megatron_prune.checkpoint.model_arguments import FORGOTTEN, refuse_unrestored, stored_argument
+from megatron_prune.checkpoint.model_arguments import (
+    FORGOTTEN,
+    differing_value,
+    of_the_function,
+    refuse_unrestored,
+    stored_argument,
+)
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.tracker import find_iteration, iteration_directory
 from megatron_prune.errors import UsageError
@@ -64,6 +72,8 @@ def take(
         action.dest: getattr(args, action.dest) for action in parser._actions if given(argv, *action.option_strings)
     }
     _ = checkpoint.shape  # refuses another kind of model, before Megatron fails on it
+    if not args.use_checkpoint_args:
+        refuse_contradictions(said, parser, argv, checkpoint)
     own_load, own_step = args.load, args.ckpt_step
     args.load = str(checkpoint.root)
     args.ckpt_step = None if checkpoint.release else checkpoint.iteration
@@ -72,6 +82,8 @@ def take(
     args.iteration = 0  # the loader sets it again from the checkpoint that is loaded
     if not args.use_checkpoint_args:
         vars(args).update(said)
+    else:  # it overrode some of them
+        refuse_contradictions(vars(args), parser, argv, checkpoint)
     for name, options in FORGOTTEN.items():
         stored = stored_argument(checkpoint.args, name)
         if stored is not None and not given(argv, *options):
@@ -79,6 +91,23 @@ def take(
     refuse_unrestored(checkpoint.args, str(checkpoint.root), vars(args))
     _take_sequence_length(args, checkpoint)
     _take_precision(args, checkpoint)
+
+
+def refuse_contradictions(
+    said: Mapping[str, Any], parser: argparse.ArgumentParser, argv: Sequence[str], checkpoint: Checkpoint
+) -> None:
+    """UsageError for a flag that asks for another function than the checkpoint's: ``said`` are values by argument."""
+    for action in parser._actions:
+        options = [option for option in action.option_strings if given(argv, option)]
+        if not options or action.dest not in of_the_function():
+            continue
+        stored = differing_value(checkpoint.args, action.dest, said[action.dest])
+        if stored is not None:
+            raise UsageError(
+                options[0], expected=f"{stored}, as in {checkpoint.root}",
+                got="the flag" if action.nargs == 0 else said[action.dest],
+                why="its weights are those of another model", do="omit the flag",
+            )  # fmt: skip
 
 
 def _take_sequence_length(args: argparse.Namespace, checkpoint: Checkpoint) -> None:

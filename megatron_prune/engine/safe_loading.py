@@ -12,6 +12,9 @@ import functools
 import importlib
 import os
 import pickle
+from collections.abc import Callable
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from torch.distributed.checkpoint import default_planner, filesystem
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_prune import storage
 from megatron_prune.checkpoint import safe, safe_objects
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.checkpoint.tracker import iteration_directory
@@ -36,10 +40,35 @@ def install() -> None:
     # Transformer Engine 2.20 refuses its own state of delayed scaling, a pickle, unless told that it can be trusted: a
     # run under it could not resume. It is vetted below.
     os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"
-    vars(filesystem)["pickle"] = _IndexPickle()
+    install_index_reader(setattr)
     default_planner.DefaultLoadPlanner.load_bytes = _load_bytes  # type: ignore[method-assign]
     if not hasattr(checkpointing._load_base_checkpoint, "__wrapped__"):
         checkpointing._load_base_checkpoint = _vetted(checkpointing._load_base_checkpoint)
+
+
+def install_index_reader(replace: Callable[[Any, str, Any], None]) -> None:
+    """Make torch's readers of an index load it through the allow-list; ``replace`` works as ``setattr``."""
+    reader = filesystem.FileSystemReader
+    replace(filesystem, "pickle", _IndexPickle())
+    if not hasattr(reader.read_metadata, "__wrapped__"):
+        replace(reader, "read_metadata", _in_its_directory(reader.read_metadata))
+
+
+_DIRECTORY: ContextVar[Path | None] = ContextVar("directory", default=None)  # of the index that is being read
+
+
+def _in_its_directory(read: Any) -> Any:
+    """torch's ``read_metadata``; a stream of an object store does not know its directory, but the reader does."""
+
+    @functools.wraps(read)
+    def reading(self: Any, *positional: Any, **named: Any) -> Any:
+        token = _DIRECTORY.set(storage.path(str(self.path)))
+        try:
+            return read(self, *positional, **named)
+        finally:
+            _DIRECTORY.reset(token)
+
+    return reading
 
 
 class _IndexPickle:
@@ -47,7 +76,7 @@ class _IndexPickle:
 
     def load(self, stream: Any) -> Any:
         name = str(getattr(stream, "name", "the index of a checkpoint"))
-        return safe.read_metadata(stream.read(), name, _planning())
+        return safe.read_metadata(stream.read(), name, _planning(), directory=_DIRECTORY.get())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(pickle, name)

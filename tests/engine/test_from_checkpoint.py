@@ -41,7 +41,7 @@ def test_what_is_not_said_comes_from_the_checkpoint(distributed, tiny_hf, tmp_pa
         ["--load", here],
         ["--pretrained-checkpoint", here, "--load", str(tmp_path / "new"), "--save", str(tmp_path / "new")],
         ["--shape-from", here, "--use-checkpoint-args"],
-        ["--load", here, "--seq-length", "16", "--fp32", "--rotary-base=5", "--norm-epsilon", "0.5"],
+        ["--load", here, "--seq-length", "16", "--fp32", "--rotary-base=700", "--norm-epsilon", "3e-4"],
         ["--load", here, "--rotary-base", "5", "--use-checkpoint-args"],
         ["--pretrained-checkpoint", here, "--eod-mask-loss"],
         ["--load", str(trained), "--vocab-size", "100"],
@@ -52,7 +52,7 @@ def test_what_is_not_said_comes_from_the_checkpoint(distributed, tiny_hf, tmp_pa
     model |= {"seq_length": 128, "bf16": True, "fp16": False, "tokenizer_type": "NullTokenizer"}
     for got in found[:3]:
         assert model.items() <= got.items(), got
-    said = {"seq_length": 16, "bf16": False, "rotary_base": 5, "layernorm_epsilon": 0.5}
+    said = {"seq_length": 16, "bf16": False}
     assert (model | said).items() <= found[3].items(), found[3]
     assert found[4]["rotary_base"] == 700.0  # as Megatron's users know it
     assert found[5]["tokenizer_type"] == "HuggingFaceTokenizer"
@@ -65,6 +65,7 @@ def test_a_command_line_without_a_model_is_refused(distributed, tiny_hf, tmp_pat
     """Refused in one line: Megatron ends such a run with an assertion, or trains a wrong model."""
     hf, empty = str(tiny_hf("llama-gqa", layers=4)), tmp_path / "empty"
     empty.mkdir()
+    trained = str(small.write(tmp_path / "trained"))
     shape = "--num-layers 2 --hidden-size 8 --num-attention-heads 2 --max-position-embeddings 16384".split()
     evaluate = ["--data-path", "none", "--output", "none"]
     foreign = f"{hf} is a Hugging Face model .*convert import --hf {hf} --save"
@@ -73,6 +74,11 @@ def test_a_command_line_without_a_model_is_refused(distributed, tiny_hf, tmp_pat
         ("pretrain", [*RECIPE, *shape[2:]], "--num-layers: "),
         ("pretrain", [*RECIPE, *shape], "--seq-length: .*16384"),
         ("pretrain", [*RECIPE, "--load", str(empty)], f"--num-layers: .*no checkpoint in --load {empty}"),
+        ("pretrain", [*RECIPE, "--load", trained, "--rotary-base=5"], r"--rotary-base: expected 10000, as in .*got 5"),
+        ("pretrain", [*RECIPE, "--shape-from", trained, "--window-size", "8,0"], "--window-size: expected no such"),
+        ("evaluate", ["--load", trained, "--num-query-groups", "4", *evaluate], "--num-query-groups: expected 2, "),
+        ("sparsify", ["--load", trained, "--method", "magnitude", "--ratio", "0.5", "--save", "none",
+                      "--position-embedding-type", "none"], "--position-embedding-type: expected rope, "),
         ("pretrain", [*RECIPE, "--load", hf], foreign),
         ("pretrain", [*RECIPE, "--load", hf, "--save", hf], foreign),
         ("pretrain", [*RECIPE, "--pretrained-checkpoint", hf], foreign),
@@ -82,7 +88,7 @@ def test_a_command_line_without_a_model_is_refused(distributed, tiny_hf, tmp_pat
         ("calibrate", ["--load", hf, "--calibration-data-path", "none", "--output", "s.safetensors"], foreign),
         ("sparsify", ["--load", hf, "--method", "magnitude", "--ratio", "0.5", "--save", "none"], foreign),
         ("plan", ["--load", hf, "--method", "random", "--ratio", "0.5", "--output", "none"], foreign),
-    ]
+    ]  # fmt: skip
     (ends,) = distributed(plants.run_verbs, 1, cases)
     for (verb, words, says), (code, said) in zip(cases, ends, strict=True):
         assert code == 2, (verb, words, said)

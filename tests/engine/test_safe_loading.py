@@ -8,12 +8,14 @@ import pickle
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.planner import SavePlan
 
+from megatron_prune.checkpoint import safe
 from megatron_prune.engine import safe_loading
 from megatron_prune.errors import CheckpointError
-from tests.checkpoint import plants
+from tests.checkpoint import many_shards, plants
 
 
 @pytest.mark.parametrize("make", [plants.inside_bytes, plants.inside_signed, plants.inside_stream])
@@ -41,3 +43,23 @@ def test_an_index_that_asks_for_code_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"it asks for posix\.system"):
         safe_loading._IndexPickle().load(io.BytesIO(pickle.dumps(Touches(tmp_path / "executed"))))
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["made", "torch's"])
+def test_megatron_reads_the_index_of_a_hundred_gpus(tmp_path, monkeypatch, real):
+    """Start-up accepted it and Megatron's reader, minutes later, did not."""
+    directory = many_shards.write(tmp_path / "checkpoint", 31_000, real=real) / "release"
+    assert len(safe.load_metadata(directory).storage_data) > 31_000
+    safe_loading.install_index_reader(monkeypatch.setattr)
+    found = FileSystemReader(directory).read_metadata()
+    assert len(found.storage_data) > 31_000 and found.state_dict_metadata.keys() > {"embedding.word_embeddings.weight"}
+
+
+def test_a_large_index_without_files_of_its_size_is_refused(tmp_path, monkeypatch):
+    """It costs time, and is small enough to be sent to somebody."""
+    safe_loading.install_index_reader(monkeypatch.setattr)
+    pickled = pickle.dumps(dcp.Metadata({}, planner_data=[[] for _ in range(600_000)]))
+    (tmp_path / ".metadata").write_bytes(pickled)
+    for read in (safe.load_metadata, lambda directory: FileSystemReader(directory).read_metadata()):
+        with pytest.raises(CheckpointError, match=r"more than 1,0\d\d,\d\d\d steps"):
+            read(tmp_path)
