@@ -42,7 +42,7 @@ BAD = {
         "arguments: --tensor-model-parallel-size.* the number of ranks, 64, got .*",
     ),
     "batch": ("--gpus 8", train(SP, "--global-batch-size 6 --stream-range 0:600"),
-              r"global_batch_size \(6\) must be divisible by"),
+              r"--global-batch-size: expected a multiple of 4, got 6"),
     "nothing installed": ("--gpus 64 --installed none", train(SP), "arguments: --transformer-impl: .*pip install"),
     "range": ("--gpus 8", train(SP, "--stream-range 0:51201"), "arguments: --stream-range.*a multiple of --global"),
     "layers by stages": ("--gpus 64", train("--pipeline-model-parallel-size 8", "--num-layers 12"),
