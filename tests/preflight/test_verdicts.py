@@ -78,7 +78,7 @@ BAD = {
     "too short a corpus": ("--gpus 64 --corpus-tokens 400M", train(SP), "data: .*0.400B tokens declared, 0.419B"),
     "positions": (
         "--gpus 8", train(SP, "--max-position-embeddings 4096"),
-        r"arguments: max_position_embeddings \(4096\) must be greater",
+        r"arguments: --seq-length: expected at most 4096, got 8192",
     ),
     "overlap": ("--gpus 8", [w for w in train(SP) if w != "--overlap-grad-reduce"],
                 "arguments: Must use --overlap-param-gather with --overlap-grad-reduce"),
