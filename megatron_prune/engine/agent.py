@@ -72,7 +72,7 @@ def _install() -> None:
             return 0
 
     LocalElasticAgent._monitor_workers = monitor_workers_once_refused  # type: ignore[method-assign]
-    DynamicRendezvousHandler.num_nodes_waiting = num_nodes_waiting_or_none  # type: ignore[method-assign]
+    DynamicRendezvousHandler.num_nodes_waiting = num_nodes_waiting_or_none  # type: ignore[assignment, method-assign]
     for name in _LOGGERS:
         logging.getLogger(name).addFilter(_shorten)
 

@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import math
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron_prune import screen
@@ -36,11 +36,12 @@ def check_finite(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 def check_numbers(args: argparse.Namespace) -> None:
     """UsageError for a number of the training recipe that is out of its range."""
-    for names, allowed, is_within in (
+    ranges: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
         (_AT_LEAST_0, "at least 0", lambda value: value >= 0),
         (_BELOW_1, "a number from 0 to less than 1", lambda value: 0 <= value < 1),
         (_SHARES, "a fraction from 0 to 1", lambda value: 0 <= value <= 1),
-    ):
+    )
+    for names, allowed, is_within in ranges:
         for name in names:
             value = getattr(args, name, None)
             if value is not None and not is_within(value):

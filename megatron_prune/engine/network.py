@@ -75,7 +75,7 @@ def check_launcher() -> None:
 @contextlib.contextmanager
 def watch_rendezvous() -> Iterator[None]:
     """Say what this process waits for in the block, if it waits for long; RunError where other ranks never came."""
-    from torch.distributed import DistNetworkError, DistStoreError  # type: ignore[attr-defined]  # not in its __all__
+    from torch.distributed import DistNetworkError, DistStoreError
 
     rank, ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
