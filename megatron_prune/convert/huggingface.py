@@ -74,6 +74,9 @@ def import_hf(
     )
     shape, family = ModelShape.from_args(args), family_of(config)
     tensors = safetensors_io.Tensors(source, family.other_names)
+    if shape.tied and _head_differs(tensors, family, args["vocab_size"]):
+        args["untie_embeddings_and_output_weights"] = True
+        shape = ModelShape.from_args(args)
     _check_tensors(tensors, shape, args, source, family, one_type=dtype is None)
     main = dtype or tensors.dtype(family.tensor("embedding.word_embeddings.weight", None))
     with CheckpointWriter(save, args=args, dtype=main, huggingface=source) as writer:
@@ -262,6 +265,21 @@ def _blocks(
                 held.append(read(piece.name, start, stop).to(dtype))
     if held:
         yield torch.cat(held)
+
+
+def _head_differs(tensors: safetensors_io.Tensors, family: ModelFamily, vocabulary_size: int) -> bool:
+    """True if a model whose config ties the output layer has one that is not the embedding: transformers keeps both."""
+    head, embedding = (
+        family.tensor("output_layer.weight", None),
+        family.tensor("embedding.word_embeddings.weight", None),
+    )
+    if not {head, embedding} <= tensors.names or tensors.shape(head) != tensors.shape(embedding):
+        return False
+    for start in range(0, vocabulary_size, 4096):
+        stop = min(start + 4096, vocabulary_size)
+        if not torch.equal(*(tensors.rows(name, start, stop).double() for name in (head, embedding))):
+            return True
+    return False
 
 
 def _check_tensors(

@@ -57,6 +57,8 @@ class Tensors:
         self.names = frozenset(self._slices)
 
     def _files(self) -> dict[str, list[str] | None]:
+        if (self._directory / SINGLE).is_file():  # also where an index is there too, as in transformers
+            return {SINGLE: None}
         if (self._directory / INDEX).is_file():
             files: dict[str, list[str] | None] = {}
             found = read_json(self._directory / INDEX)
@@ -66,12 +68,10 @@ class Tensors:
             for key, name in names.items():
                 files.setdefault(name, []).append(key)  # type: ignore[union-attr]
             return files
-        if not (self._directory / SINGLE).is_file():
-            raise CheckpointError(
-                f"{self._directory} has neither {SINGLE} nor {INDEX}: only safetensors are read (pickled "
-                "pytorch_model.bin files are not; save the model again with transformers to convert it)"
-            )
-        return {SINGLE: None}
+        raise CheckpointError(
+            f"{self._directory} has neither {SINGLE} nor {INDEX}: only safetensors are read (pickled "
+            "pytorch_model.bin files are not; save the model again with transformers to convert it)"
+        )
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slices[name].get_shape())

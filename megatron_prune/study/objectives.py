@@ -53,6 +53,10 @@ class Distill:
                              why="a cache holds probabilities alone")  # fmt: skip
         if self.hidden_weight is not None and not self.hidden_states:
             raise UsageError("distill.hidden_weight", got="it alone", expected="hidden_states with it")
+        if self.cached and self.temperature not in (1.0, [1.0, 1.0]):
+            raise UsageError("distill.temperature", got=_ends(self.temperature), expected="1 with teacher: cache",
+                             why="a cache has only the sum of the other words, which cannot be softened one by one",
+                             do="set teacher: online")  # fmt: skip
         if self.teacher == "cache" and self.top_k is None:
             raise UsageError("distill.top_k", got="nothing", expected="a number with teacher: cache")
         for key in ("top_k", "dtype"):

@@ -127,6 +127,12 @@ def stated(args: argparse.Namespace) -> dict[str, Any]:
     of = {"alpha": alpha, "temperature": temperature, "kl": args.distill_kl}
     if args.teacher_cache is not None:
         taught = teacher_cache.open_cache(args.teacher_cache, check_shards=False).taught
+        if temperature != 1 and taught.k < taught.vocabulary:
+            raise UsageError(
+                TEMPERATURE, got=args.distill_temperature, expected=f"1 with {CACHE}",
+                why=f"it has {taught.k} words per token and the sum of the others, which cannot be softened one by one",
+                do=f"run the {TEACHER}, or teach with --top-k {taught.vocabulary}",
+            )  # fmt: skip
         top_k = None if taught.k == taught.vocabulary else taught.k
         return objective.distill(**of, teacher=taught.teacher["fingerprint"], top_k=top_k, cache=taught.described())
     further: dict[str, Any] = {}

@@ -144,6 +144,10 @@ def losses(logits: Tensor, labels: Tensor, targets: Targets, mixture: Mixture, s
         teacher = targets.logits.transpose(0, 1).flatten(0, 1)
         work: _Full | _TopK = _Full(labels.t().flatten(), teacher, targets.normalized, mixture, shard)
     else:
+        if mixture.temperature != 1:  # softening the rest's sum is not summing the softened rest
+            raise ValueError(
+                f"temperature {mixture.temperature}: expected 1 with {targets.ids.shape[-1]} words and the rest"
+            )
         rest = targets.log_rest.unsqueeze(-1)
         events = torch.cat([targets.log_probabilities.to(rest.dtype), rest], dim=-1)  # [b, s, k + 1]
         ids, events = (each.transpose(0, 1).flatten(0, 1) for each in (targets.ids, events))
@@ -322,7 +326,7 @@ class _Full:
 
 @dataclass(frozen=True)
 class _TopK:
-    """With k words and the rest."""
+    """With k words and the rest, at T = 1."""
 
     ROOM = 1
 
@@ -335,7 +339,7 @@ class _TopK:
 
     def of(self, logits: Tensor, part: slice, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As that of ``_Full``."""
-        alpha, temperature, shard = self.mixture.alpha, self.mixture.temperature, self.shard
+        alpha, shard = self.mixture.alpha, self.shard
         wanted = torch.cat([self.ids[part], self.labels[part].unsqueeze(-1)], dim=-1)  # [n, k + 1]
         columns, here = _places(wanted, self.width, logits.shape[-1], shard)
         others = room[0, : len(logits)].copy_(logits)
@@ -353,13 +357,10 @@ class _TopK:
         total = events.logsumexp(-1, keepdim=True)
         events -= total
         lm = (total - (known[:, -1:] - whole)).squeeze(-1)
-        log_q, log_p = (
-            (each.to(events.dtype).clamp(min=least) / temperature).log_softmax(-1)
-            for each in (events, self.teacher[part])
-        )
+        log_q, log_p = (each.to(events.dtype).clamp(min=least).log_softmax(-1) for each in (events, self.teacher[part]))
         room_q, room_p = torch.empty_like(log_q), torch.empty_like(log_p)
         divergence, slopes = _divergence(log_q, log_p, room_q, room_p, self.mixture, Shard(shard.words))
-        slopes *= alpha * temperature
+        slopes *= alpha
         # A word of the rest has its share of the rest's slope; the k words have their own.
         share = slopes[:, -1:] / mass.clamp(min=1) + (1 - alpha) * (largest - whole - total).exp()
         _add_at(others.mul_(share), *top, slopes[:, :-1] + (1 - alpha) * events[:, :-1].exp())

@@ -395,7 +395,7 @@ def test_old_rotary_buffers_and_a_tied_output_layer_are_ignored(tiny_hf, tmp_pat
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "gone.safetensors"])
 def test_an_index_that_leaves_the_directory_is_refused(name, damaged, tmp_path):
-    shutil.copy(damaged / "model.safetensors", tmp_path / "model.safetensors")
+    shutil.move(damaged / "model.safetensors", tmp_path / "model.safetensors")
     (damaged / safetensors_io.INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
     with pytest.raises(CheckpointError, match="is missing"):
         import_hf(damaged, tmp_path / "checkpoint")

@@ -168,6 +168,8 @@ def test_ranges_with_another_first_sample_have_a_cache_of_their_own(tmp_path: Pa
     [
         ({"distill": {"alpha": 0.5}}, "distill: expected distill among objectives"),
         ({"objectives": BOTH, "distill": {"teacher": "cache"}}, "distill.top_k: expected a number"),
+        ({"objectives": BOTH, "distill": {"teacher": "cache", "top_k": 8, "temperature": 2.0}},
+         "distill.temperature: expected 1 with teacher: cache, got 2"),
         ({"objectives": BOTH, "distill": {"top_k": 8}}, "distill.top_k: expected no such key"),
         ({"objectives": BOTH, "distill": {"alpha": 1.5}}, "distill.alpha"),
         ({"objectives": BOTH, "distill": {"hidden_states": ["0:1"]}}, "distill.hidden_states.0"),

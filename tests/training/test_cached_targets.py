@@ -157,6 +157,21 @@ def test_a_cache_of_something_else_is_refused(more, said, student, cache, tiny_c
     assert "--teacher-cache: expected one of " + said.format(**names) in done.output
 
 
+def test_the_rest_of_a_cache_is_not_softened(cache):
+    given = {"objective": "distill", "distill_alpha": "1", "distill_kl": "forward"}
+    for words, temperature, refused in (
+        (64, "1", False), (64, "2", True), (64, "1:2", True), (tiny.VOCABULARY, "2", False),
+    ):  # fmt: skip
+        args = argparse.Namespace(**given, distill_temperature=temperature, teacher_cache=str(cache(words)))
+        if not refused:
+            assert distillation.stated(args)["name"] == "distill"
+            continue
+        with pytest.raises(
+            UsageError, match=rf"--distill-temperature: expected 1 with --teacher-cache, got {temperature}"
+        ):
+            distillation.stated(args)
+
+
 def test_a_damaged_shard_ends_the_run_in_one_line(student, cache, tiny_corpus, tmp_path, job):
     damaged = tmp_path / "cache"
     shutil.copytree(cache(64), damaged)

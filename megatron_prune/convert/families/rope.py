@@ -12,7 +12,8 @@ from megatron_prune.errors import CheckpointError
 from megatron_prune.untrusted import show
 
 # Fixed in Megatron's Llama 3 scaling, which only lets the factor be chosen.
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_ORIGINAL = "original_max_position_embeddings"
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, _ORIGINAL: 8192}
 # transformers' defaults of YaRN, with the Megatron arguments that take them.
 _YARN = {"beta_fast": (32.0, "yarn_beta_fast"), "beta_slow": (1.0, "yarn_beta_slow")}
 KINDS = "default, linear, llama3 or yarn"
@@ -27,10 +28,10 @@ def read_rope(values: Mapping[str, Any], *, partial: bool) -> dict[str, Any]:
 
     Raises CheckpointError naming what Megatron cannot express.
     """
-    given = [values.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
-    if not all(isinstance(part, Mapping) for part in given):
+    given = values.get("rope_scaling") or values.get("rope_parameters") or {}  # as in transformers: the old form wins
+    if not isinstance(given, Mapping):
         raise CheckpointError(f"config.json has RoPE parameters {show(given)}, expected an object")
-    rope: dict[str, Any] = {key: value for part in given for key, value in part.items()}
+    rope: dict[str, Any] = dict(given)
     for key in ("rope_theta", "factor", "partial_rotary_factor", "beta_fast", "beta_slow"):
         found = rope.get(key, 1.0)
         if not is_number(found) or not found:
@@ -65,7 +66,9 @@ def read_rope(values: Mapping[str, Any], *, partial: bool) -> dict[str, Any]:
                 f"config.json has linear RoPE scaling with factor={factor}, but Megatron only supports whole numbers"
             )
         return read | {"rotary_seq_len_interpolation_factor": int(factor)}
+    original = values.get(_ORIGINAL) or rope.get(_ORIGINAL) or values["max_position_embeddings"]
     if kind == "llama3":
+        rope[_ORIGINAL] = original
         for key, expected in _LLAMA3.items():
             if rope.get(key, expected) != expected:
                 raise CheckpointError(
@@ -75,7 +78,6 @@ def read_rope(values: Mapping[str, Any], *, partial: bool) -> dict[str, Any]:
     for key in ("attention_factor", "mscale", "mscale_all_dim"):
         if rope.get(key) is not None:
             raise CheckpointError(f"config.json has YaRN with {key}={show(rope[key])}, expected it to be left out")
-    original = rope.get("original_max_position_embeddings") or values["max_position_embeddings"]
     if not is_number(original):
         raise CheckpointError(
             f"config.json has YaRN with original_max_position_embeddings={show(original)}, expected a positive number"

@@ -35,5 +35,10 @@ FAMILY = ModelFamily(
     arguments=_arguments,
     entries=_entries,
     only={"attention_bias": False, "mlp_bias": False, "use_sliding_window": False},
-    defaults={"max_position_embeddings": 32768, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    defaults={
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "rope_theta": 2000000.0,
+    },  # fmt: skip
 )
