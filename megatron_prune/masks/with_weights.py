@@ -38,11 +38,14 @@ def masks_of(checkpoint: Checkpoint, *, allow_missing: bool = False) -> Masks | 
     return masks
 
 
-def verify(masks: Masks, checkpoint: Checkpoint) -> None:
+def verify(masks: Masks, checkpoint: Checkpoint, names: Iterable[str] | None = None) -> None:
     """Raises MasksError unless ``masks`` fit ``checkpoint``: shapes, exact patterns, counts, hashes, and zero weights
-    wherever they remove."""
+    wherever they remove. ``names``: of these weights alone, those without a mask among them."""
     masks.check_model(checkpoint.shape, str(checkpoint.root))
+    chosen = set(masks.entries) if names is None else set(names)
     for name in masks.entries:
+        if name not in chosen:
+            continue
         check_bits(masks, name)
         for _ in guarded(masks, name, checkpoint.row_blocks(name)):
             pass

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_prune import verbs
+from megatron_prune import screen, verbs
 from megatron_prune.artifacts import check_space
 from megatron_prune.checkpoint.layout import ModelShape
 from megatron_prune.checkpoint.model_arguments import refuse_unrestored
-from megatron_prune.checkpoint.parallel import finite
+from megatron_prune.checkpoint.parallel import finite, shares
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.tracker import refuse_inside_checkpoint
 from megatron_prune.checkpoint.writer import refuse_uncarried
@@ -99,9 +99,10 @@ def _sparsify(
     if args.rank == 0:
         check_space(save, _bytes(parent) - scratch.size)
         refuse_uncarried(parent)
-        task.check_held_masks(allow_missing=args.allow_missing_masks)
-        if not own.allow_non_finite:
-            _refuse_non_finite(parent)
+    own_names = weights_of_rank(parent, args.rank, args.world_size)
+    task.check_parent_masks(own_names, allow_missing=args.allow_missing_masks)
+    if not own.allow_non_finite:
+        check_finite(parent, own_names)
     if task.request.method.statistic != "none":
         driver.run(args, task)
     else:
@@ -114,11 +115,19 @@ def _sparsify(
     return result.write(task, read) if args.rank == 0 else None
 
 
-def _refuse_non_finite(parent: Checkpoint) -> None:
+def weights_of_rank(parent: Checkpoint, rank: int, ranks: int) -> list[str]:
+    """The weights that a rank checks before it meets the others. If one rank read hundreds of gigabytes alone, the
+    others would time out waiting for it."""
+    parts = shares({name: parent.spec(name).nbytes for name in parent.names}, ranks)
+    return parts[rank] if rank < len(parts) else []
+
+
+def check_finite(parent: Checkpoint, names: list[str]) -> None:
     """CheckpointError for NaN and infinities, found now and not after hours of pruning."""
-    for name in parent.names:
-        for _ in finite(name, parent.row_blocks(name)):
-            pass
+    with screen.Bar(sum(parent.spec(name).nbytes for name in names), "checking that weights are finite", "B") as bar:
+        for name in names:
+            for block in finite(name, parent.row_blocks(name)):
+                bar.advance(block.nbytes)
 
 
 def _bytes(parent: Checkpoint) -> int:

@@ -252,12 +252,12 @@ class SparsifyTask:
         folder = find_masks(self.parent.root)
         return None if folder is None else open_masks(folder)
 
-    def check_held_masks(self, *, allow_missing: bool = False) -> None:
-        """MasksError if masks of the parent are missing (unless ``allow_missing``), damaged, or do not fit its weights:
-        the result's hash would cover those that are kept as they are, and hide the damage."""
+    def check_parent_masks(self, names: Sequence[str], *, allow_missing: bool = False) -> None:
+        """MasksError if masks of the parent are missing (unless ``allow_missing``), damaged, or do not fit its weights
+        ``names``: the result's hash would cover those that are kept as they are, and hide the damage."""
         folder = require_masks(self.parent, allow_missing=allow_missing)
         if folder is not None:
-            verify(open_masks(folder), self.parent)
+            verify(open_masks(folder), self.parent, names)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import numpy
@@ -33,6 +34,7 @@ from megatron_prune.sparse.result import allocated
 from megatron_prune.sparse.scratch import Progress, Pruned, Scratch
 
 RECORD_BYTES = 8 << 20  # of rows read and written at a time
+MEETING = timedelta(hours=2)  # each rank has read its part of the parent before: some disks are slower than others
 CHUNK_BYTES = 1 << 20  # of rows processed at a time: they and the intermediate results fit a core's cache
 
 
@@ -71,7 +73,7 @@ def run(task: SparsifyTask, params_dtype: torch.dtype, rank: int = 0, ranks: int
 def _from_first(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first rank's value, on all ranks. When it arrives, the scratch folder is open."""
     if not torch.distributed.is_initialized():  # it is where a model was run to allocate ratios
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("gloo", timeout=MEETING)
         network.refuse_strangers()
     held = [done]
     torch.distributed.broadcast_object_list(held, src=0)

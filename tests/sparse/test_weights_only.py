@@ -22,6 +22,7 @@ from megatron_prune.checkpoint import reader
 from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.errors import CheckpointError, UsageError
 from megatron_prune.masks import open_masks
+from megatron_prune.pruning import sparsify
 from megatron_prune.settings import add_flags
 from megatron_prune.sparse import request, result, scratch, weights_only
 from megatron_prune.sparse.request import SparsifyTask
@@ -251,6 +252,31 @@ def test_nodes_that_share_no_disk_do_not_wait_for_ever(tmp_path: Path, monkeypat
     first.refuse_unseen()
     with pytest.raises(UsageError, match="--save: .*all nodes share"):
         weights_only.run(task, torch.float32, rank=1, ranks=2)
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 1000])
+def test_ranks_divide_the_weights_that_are_checked_before_they_meet(tmp_path: Path, ranks: int) -> None:
+    """Rank 0 read all of them alone, and the others timed out on large parents."""
+    of = parent(tmp_path / "parent", "bf16")
+    parts = [sparsify.weights_of_rank(of, rank, ranks) for rank in range(ranks)]
+    assert sorted(name for names in parts for name in names) == sorted(of.names)
+    sizes = [sum(of.spec(name).nbytes for name in names) for names in parts]
+    assert max(sizes) <= sum(sizes) / ranks + max(of.spec(name).nbytes for name in of.names)
+
+
+def test_the_last_rank_finds_what_is_not_finite(job: Callable[..., Any], tiny_parent: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    of = open_checkpoint(tiny_parent)
+    name = sparsify.weights_of_rank(of, 1, 2)[-1]
+    with small_checkpoint.CheckpointWriter(broken, args=of.args, dtype=torch.float32) as writer:
+        for each in of.names:
+            weight = torch.cat([block.clone() for block in of.row_blocks(each)])
+            if each == name:
+                weight.view(-1)[5] = float("nan")
+            writer.add(each, weight.shape, [weight])
+    command = ["sparsify", "--load", broken, "--method", "magnitude", "--ratio", "0.5", "--save", tmp_path / "save"]
+    refused = job(command, nproc=2)
+    assert refused.returncode and f"{name}[" in refused.output and "expected finite weights" in refused.output
 
 
 @pytest.mark.parametrize("amount", ["half", "2:4"])
