@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -24,6 +24,7 @@ class StudyResult(_Shown):
     report: Path
     verdicts: tuple[str, ...]
     rows: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+    unfinished: tuple[str, ...] = ()
 
     def _title(self) -> str:
         return f"study {self.name}: report in {self.report}"
@@ -31,6 +32,9 @@ class StudyResult(_Shown):
     def _lines(self) -> Iterator[tuple[str, str]]:
         for verdict in self.verdicts:
             subject, _, words = verdict.partition(": ")
+            yield subject, words
+        for lacks in self.unfinished:
+            subject, _, words = lacks.partition(": ")
             yield subject, words
 
 
@@ -43,7 +47,7 @@ class Study(_Shown):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a ``study.yaml``. UsageError names the invalid key."""
+        """Read a ``study.yaml``, or the folder of a study that has begun. UsageError names the invalid key."""
         from megatron_prune.study import schema
 
         return cls(Path(path), tuple(schema.load_all(path)))
@@ -53,7 +57,9 @@ class Study(_Shown):
 
         Raises RunError if cells failed.
         """
-        results = tuple(_run(study, Path(runs_dir)) for study in self.studies)
+        from megatron_prune.study.study_file import root_of
+
+        results = tuple(_run(study, root_of(self.path, runs_dir, study.name)) for study in self.studies)
         return results[0] if len(results) == 1 else results
 
     def _title(self) -> str:
@@ -65,15 +71,15 @@ class Study(_Shown):
             yield study.name, f"{methods}; budgets of {', '.join(f'{budget:,}' for budget in study.budgets)} tokens"
 
 
-def _run(study: schema.StudyConfig, runs_dir: Path) -> StudyResult:
+def _run(study: schema.StudyConfig, root: Path) -> StudyResult:
     from megatron_prune.study.prunings import Places
 
-    places = Places(runs_dir / study.name)
+    places = Places(root)
     run_cells(study, places)
     measure_efficiency(study, places)
     found, report = write_report(study, places)
     verdicts = tuple(f"{verdict.subject}: {verdict.words}" for verdict in found.verdicts)
-    return StudyResult(study.name, report, verdicts, found.rows)
+    return StudyResult(study.name, report, verdicts, found.rows, tuple(one.sentence for one in found.unfinished))
 
 
 def run_cells(study: schema.StudyConfig, places: Places) -> None:
@@ -110,13 +116,15 @@ def measure_efficiency(study: schema.StudyConfig, places: Places) -> None:
     checkpoints.run_benchmark(verbs.BenchmarkSettings(checkpoints=words, output=str(output), prompt=prompt))
 
 
-def write_report(study: schema.StudyConfig, places: Places) -> tuple[Results, Path]:
+def write_report(study: schema.StudyConfig, places: Places, *, verify: bool = False) -> tuple[Results, Path]:
     """The results of the finished cells and the page that shows them. UsageError for a study that never ran.
 
-    AccountError if two runs that should match do not.
+    AccountError if two runs that should match do not. ``verify``: read all weights, masks and corpora again; what is
+    not as it was joins ``disbelieved``, and ``verified`` says how many were read.
     """
     from megatron_prune.study.analysis import results
     from megatron_prune.study.report import page
+    from megatron_prune.study.verification import verify_files
 
     if not (places.root / "study.json").is_file():
         raise UsageError(
@@ -124,4 +132,7 @@ def write_report(study: schema.StudyConfig, places: Places) -> tuple[Results, Pa
             do="start it with `study run`",
         )  # fmt: skip
     found = results.collect(places, study)
+    if verify:
+        read, wrong = verify_files(study, places, found.records)
+        found = replace(found, disbelieved=(*found.disbelieved, *wrong), verified=read | {"changed": len(wrong)})
     return found, page.write(found, places)

@@ -75,7 +75,7 @@ SETTINGS: dict[str, type[verbs.StudySettings]] = {
     "run": verbs.StudySettings,
     "plan": verbs.StudyPlanSettings,
     "status": verbs.StudyStatusSettings,
-    "report": verbs.StudySettings,
+    "report": verbs.StudyReportSettings,
 }
 
 
@@ -110,12 +110,13 @@ def study_main(argv: list[str]) -> int:
 def _each(studies: Sequence[schema.StudyConfig], part: str, options: Any) -> int:
     """Run the verb for the study of every parent; a failure does not stop the others."""
     from megatron_prune.study.prunings import Places
+    from megatron_prune.study.study_file import root_of
 
     action = {"run": _run, "plan": _plan, "status": _status, "report": _report}[part]
     failures = []
     for study in studies:
         try:
-            action(study, Places(Path(options.runs_dir) / study.name), options)
+            action(study, Places(root_of(options.study, options.runs_dir, study.name)), options)
         except MegatronPruneError as error:
             if len(studies) == 1:
                 raise
@@ -150,7 +151,7 @@ def _run(study: schema.StudyConfig, places: Places, options: Any) -> int:
 def _report(study: schema.StudyConfig, places: Places, options: Any) -> int:
     from megatron_prune.api.studies import write_report
 
-    found, written = write_report(study, places)
+    found, written = write_report(study, places, verify=getattr(options, "verify", False))
     for said in found.disbelieved:
         print(f"not believed: {said}")
     for one in found.left_out[:MOST_NAMED]:
@@ -159,7 +160,15 @@ def _report(study: schema.StudyConfig, places: Places, options: Any) -> int:
         print(f"not shown: {len(found.left_out) - MOST_NAMED} more, which are in the report")
     for verdict in found.verdicts:
         print(f"{verdict.subject}: {verdict.words}")
+    for lacks in found.unfinished:
+        print(lacks.sentence)
     print(f"wrote {written}")
+    if found.verified is not None:
+        from megatron_prune.study.report.page import verified_words
+
+        print(f"read again: {verified_words(found.verified)}")
+        if found.verified["changed"]:
+            raise RunError(f"--verify: {found.verified['changed']} of these are not what the results are of")
     return 0
 
 

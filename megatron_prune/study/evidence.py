@@ -112,6 +112,7 @@ class Ledger:
 
 
 Record = Mapping[str, Any]
+MOST_UNLOGGED = 4  # named individually
 TRAINED = ("training", "retraining")  # kinds of cells
 NOT_COMPARED = {"seconds", "about", "artifacts", "unigram_loss"}  # keys of a line and a record
 FILES = (
@@ -163,7 +164,8 @@ def gather(study: StudyConfig, places: Places) -> Evidence:
         {cell: made["fingerprint"] for cell, made in records.items() if made["kind"] in ("parent", "pruning")},
     )
     return Evidence(
-        outlook, records, tuple(_disbelieved(places, cells, lines, records)), tuple(left_out),
+        outlook, records, (*_unlogged(places, lines, records), *_disbelieved(places, cells, lines, records)),
+        tuple(left_out),
         tuple(_compared(places, set(trained), lines, cells)),
     )  # fmt: skip
 
@@ -185,6 +187,17 @@ def hashes(places: Places, cell: str) -> dict[str, str]:
     """SHA-256 of the artifacts that a cell's numbers come from."""
     paths = {name: places.cell(cell) / name for name in FILES}
     return {name: artifacts.sha256_file(path) for name, path in paths.items() if path.is_file()}
+
+
+def _unlogged(places: Places, lines: Mapping[str, Record], records: Mapping[str, Record]) -> Iterator[str]:
+    """Finished cells that the ledger does not have: nothing says whether their files are as they were written."""
+    names = [cell for cell in records if cell not in lines]
+    unknown = "nothing says whether they are as they were written"
+    if names and not places.ledger.exists():
+        yield f"{places.ledger} is missing, with the lines of {len(names)} finished cells: {unknown}"
+    elif names:
+        more = f" and {len(names) - MOST_UNLOGGED} more" if len(names) > MOST_UNLOGGED else ""
+        yield f"the ledger has no line for {', '.join(names[:MOST_UNLOGGED])}{more}: {unknown}"
 
 
 def _disbelieved(

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
+import os
 import re
 import types
 import typing
@@ -23,12 +25,14 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from megatron_prune.artifacts import read_json
 from megatron_prune.errors import MegatronPruneError, UsageError
 from megatron_prune.study.values import ValueProblem
 from megatron_prune.untrusted import read_bytes
 
 Location = tuple[Any, ...]
 INCLUDE = "include"
+RESOLVED = "study.json"  # in the folder of a study that has begun
 MOST_VALUES = 100_000  # per file, with every alias expanded
 MOST_BYTES = 128 << 10  # of a file: PyYAML reads 100 kB a second at worst
 _LONG_NUMBER = re.compile(r"[0-9_:]{1000}")
@@ -110,10 +114,35 @@ class Written:
 
 def read(path: str | Path) -> Written:
     """Read a study.yaml and its includes; UsageError (WrongStudy for several) names file, line and key."""
+    if Path(path).is_dir():
+        return Written(read_json(_resolved_in(Path(path))), str(Path(path) / RESOLVED))
     if not Path(path).is_file():
         raise UsageError("STUDY.yaml", got=f"{path}, which does not exist", expected="the YAML file of a study")
     content, positions = _read(Path(path), ())
     return Written(content, str(path), positions)
+
+
+def _resolved_in(folder: Path) -> Path:
+    """The study in the folder of one that has begun; UsageError for another folder."""
+    if (folder / RESOLVED).is_file():
+        return folder / RESOLVED
+    inside = sorted(str(path) for path in folder.glob("*.y*ml"))
+    raise UsageError(
+        "STUDY.yaml", got=f"{folder}, a folder without {RESOLVED}",
+        expected="the YAML file of a study, or the folder of one that has begun",
+        do=f"give {' or '.join(inside[:3])}" if inside else "",
+    )  # fmt: skip
+
+
+def root_of(path: str | Path, runs_dir: str | Path, name: str) -> Path:
+    """The folder of the study ``name`` in the file ``path``; if ``path`` is that folder, as its commands write it: from
+    here, or from the root of the file system."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return Path(runs_dir) / name
+    begun = "".join(cell.read_text() for cell in itertools.islice(folder.glob("cells/*/cell.json"), 1))
+    known = (folder, Path(os.path.relpath(folder)), folder.absolute())
+    return next((root for root in known if f'"{root}/cells/' in begun), folder)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -49,10 +49,21 @@ class PreflightSettings(Settings):
 class StudySettings(Settings):
     TITLE = "study"
 
-    study: str = setting(positional=True, metavar="STUDY.yaml", help="the study's file")
+    study: str = setting(
+        positional=True, metavar="STUDY.yaml", help="the study's file, or the folder of a study that has begun"
+    )
     runs_dir: str = setting("runs", metavar="DIR", help="directory of all studies")
     parent: str | None = setting(
         None, metavar="LABEL", help="only this parent's study, if STUDY.yaml has several parents"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyReportSettings(StudySettings):
+    TITLE = "what is read"
+
+    verify: bool = setting(
+        False, help="hash all weights, masks and corpora again; exits with code 1 if one is not what the results are of"
     )
 
 

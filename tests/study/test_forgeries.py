@@ -7,9 +7,11 @@ training. Tests forge step by step: the weights, then also the scores, the accou
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +24,9 @@ from megatron_prune.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_prune.checkpoint.writer import CheckpointWriter
 from megatron_prune.cli.study_commands import study_main
 from megatron_prune.errors import AccountError, RunError, UsageError
-from megatron_prune.study import custody
+from megatron_prune.study import custody, verification
 from megatron_prune.study.analysis import results
+from megatron_prune.study.analysis.unfinished import Unfinished
 from megatron_prune.study.evidence import Ledger
 from megatron_prune.study.prunings import Places
 from megatron_prune.study.report import page
@@ -296,6 +299,125 @@ def test_16_to_19_with_an_account_that_says_the_other_seed(places: Places, furth
         results.collect(places)
     assert str(caught.value).startswith(f"{source} and {cell} have {expected}, but are different runs")
     assert "(initial: " in str(caught.value) or "seed: 1 against 2" in str(caught.value)
+
+
+# ------------------------------------------------------------------ what the plan has and the report lacks
+
+
+def shown(places: Places, corpora: dict[str, str], capsys: Any) -> tuple[str, str, dict[str, Any]]:
+    """What the page, the terminal and results.json say; the former two with single spaces."""
+    report(corpora)
+    page = (places.root / "report" / "index.html").read_text()
+    data = artifacts.read_json(places.root / "report" / "results.json")
+    return " ".join(page.split()), " ".join(capsys.readouterr().out.split()), data
+
+
+def test_the_ledger_is_deleted(places: Places, corpora: dict[str, str], capsys: Any) -> None:
+    cells = len(Ledger(places.ledger).read())
+    places.ledger.unlink()
+    words = f"ledger.jsonl is missing, with the lines of {cells} finished cells: nothing says whether they are as"
+    page, terminal, data = shown(places, corpora, capsys)
+    assert words in page and f"not believed: runs/made-up/{words}" in terminal and words in data["disbelieved"][0]
+
+
+def test_a_line_is_taken_out_of_the_ledger(places: Places, corpora: dict[str, str], capsys: Any) -> None:
+    edit_line(places, PRUNED.format(1), kind=None)
+    page, terminal, data = shown(places, corpora, capsys)
+    assert all(f"the ledger has no line for {PRUNED.format(1)}: " in text for text in (page, terminal, str(data)))
+
+
+@pytest.mark.parametrize("seeds", [(3,), (1, 2, 3)])
+def test_an_arm_is_deleted_with_its_lines(places: Places, corpora: dict[str, str], capsys: Any, seeds: Any) -> None:
+    """Beside the conclusion that it weakens, or in its place: on the page, on the terminal, in results.json."""
+    for seed in seeds:
+        for cell in (PRUNED.format(seed), TOTAL.format(seed)):
+            shutil.rmtree(places.cell(cell))
+            edit_line(places, cell, kind=None)
+    page, terminal, data = shown(places, corpora, capsys)
+    of = "shortgpt, 50% removed, 1,280 tokens, seed"
+    words = f"Not finished: {len(seeds)} of 3 comparisons ({'; '.join(f'{of} {seed}' for seed in seeds)})."
+    conclusion = page[: page.index("</section>")]
+    assert conclusion.count(f"<em>{words}</em>") == 2
+    assert conclusion.count("<b>No conclusion</b>. <em>") == (2 if len(seeds) == 3 else 0)
+    for setting in ("equal training tokens", "equal total tokens"):
+        assert f"Depth, {setting}: {words}" in terminal
+        assert f"Depth, {setting}: {words}" in [one["words"] for one in data["unfinished"]]
+    beside = {(one["granularity"], one["unfinished"]) for one in data["conclusions"]}
+    assert beside == {("width", None), *([("depth", words)] if len(seeds) == 1 else [])}
+
+
+def test_a_setting_that_lost_every_conclusion_stays_on_the_page() -> None:
+    concluded = SimpleNamespace(setting="equal-training", subject="Depth", winner="pruned", claim="c", words="w")
+    lost = Unfinished(question=False, subject="Depth", setting="equal-total", planned=1, missing=("a run",))
+    found: Any = SimpleNamespace(headlines=[concluded], unfinished=[lost])
+    assert [(group["setting"], group["lines"]) for group in page._headlines(found)] == [
+        ("Equal training tokens", [("Depth", "pruned", "c", "w", None)]),
+        ("Equal total tokens", [("Depth", "neither", "No conclusion", ".", lost.words)]),
+    ]
+
+
+def test_a_question_that_lost_an_arm_says_so(places: Places, corpora: dict[str, str], capsys: Any) -> None:
+    shutil.rmtree(places.cell(PRUNED.format(2)))
+    edit_line(places, PRUNED.format(2), kind=None)
+    asked = {
+        "kind": "larger",
+        "of": {"methods": ["shortgpt"]},
+        "than": {"methods": ["minitron-width"]},
+        "label": "the question",
+    }
+    found = report(corpora, compare=[asked])
+    own = [one for one in found.unfinished if one.question]
+    assert {one.subject for one in own} == {"the question"} and {one.planned for one in own} == {6}
+    assert "the question, equal total tokens: Not finished: 1 of 6 comparisons (shortgpt" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ what was published, read again
+
+
+def test_verify_reads_again_what_fingerprints_sample(places: Places, monkeypatch: Any, capsys: Any) -> None:
+    """A study's folder is an argument. Changed weights are named on the page, on the terminal and in results.json."""
+    assert study_main(["report", str(places.root), "--verify"]) == 0
+    assert re.search(r"read again: \d+ checkpoints, 0 masks, \d corpora; none changed", capsys.readouterr().out)
+    sampled = Checkpoint.fingerprint(open_checkpoint(places.checkpoint(PRUNED.format(1))))
+    write_weights(open_checkpoint(places.checkpoint(PRUNED.format(1))), lambda name, values: values + 1e-3)
+    honest = Checkpoint.fingerprint
+
+    def unseen(held: Checkpoint) -> str:  # as if the sample had missed what was changed
+        return sampled if held.root.parent.name == PRUNED.format(1) else honest(held)
+
+    monkeypatch.setattr(Checkpoint, "fingerprint", unseen)
+    assert study_main(["report", str(places.root)]) == 0
+    capsys.readouterr()
+    with pytest.raises(RunError, match="--verify: 1 of these are not what the results are of"):
+        study_main(["report", str(places.root.absolute()), "--verify"])
+    words = f"{PRUNED.format(1)}: its weights are not those that were evaluated (full_hash"
+    page = (places.root / "report" / "index.html").read_text()
+    data = artifacts.read_json(places.root / "report" / "results.json")
+    assert words in page and words in capsys.readouterr().out and words in data["disbelieved"][0]
+    assert data["verified"]["changed"] == 1
+
+
+def test_verify_reads_corpora_and_masks(places: Places, corpora: dict[str, str], monkeypatch: Any) -> None:
+    record = {"parent": {"text": {"test": {"fingerprint": "another"}}}}
+    study = made_up.study(corpora)
+    read, found = verification.verify_files(study, places, record)
+    assert read["corpora"] == 2 and found == [f"{corpora['test']}: it is not the text on which parent was scored"]
+    held = open_checkpoint(places.checkpoint("parent"))
+    monkeypatch.setattr(verification.masks, "find_masks", lambda root: root / "masks")
+    monkeypatch.setattr(verification.masks, "open_masks", lambda path: SimpleNamespace(hash="m"))
+    monkeypatch.setattr(verification.with_weights, "verify", lambda masks, checkpoint: held.verify())
+    _, found = verification.verify_files(study, places, {"parent": {}})
+    assert found == ["parent: its masks are not those that were evaluated (none then, m now)"]
+
+
+@pytest.mark.parametrize("part", ["report", "status", "plan"])
+def test_a_folder_is_a_study_only_where_one_has_begun(places: Places, part: str) -> None:
+    Path("elsewhere").mkdir()
+    Path("elsewhere/study.yaml").write_text("name: made-up")
+    message = "STUDY.yaml: expected .*the folder of one that has begun, got elsewhere, a folder without study.json"
+    with pytest.raises(UsageError, match=f"{message}.*give elsewhere/study.yaml"):
+        study_main([part, "elsewhere"])
+    assert study_main([part, str(places.root)]) == 0
 
 
 # ------------------------------------------------------------------ runs that study.yaml no longer asks for

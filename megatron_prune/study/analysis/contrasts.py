@@ -112,12 +112,7 @@ class ContrastResult:
 
     @property
     def subject(self) -> str:
-        if self.asked.label:
-            return self.asked.label
-        than = f" against {self.asked.than.words()}" if self.asked.than else ""
-        along = f" along the {'ratio' if self.asked.along == 'ratio' else 'tokens'}" if self.asked.along else ""
-        words = f"{self.asked.of.words()}{than}{along}{', against dense scratch' * self.dense}"
-        return words if self.asked.of.methods else words[0].upper() + words[1:]
+        return subject(self.asked, dense=self.dense)
 
     @property
     def claim(self) -> str:
@@ -235,6 +230,37 @@ def answer(
     for place, p in zip(tested, corrected, strict=True):
         found[place] = replace(found[place], family=planned, corrected=p)
     return tuple(found)
+
+
+def subject(asked: schema.Contrast, *, dense: bool) -> str:
+    """A question in words."""
+    if asked.label:
+        return asked.label
+    than = f" against {asked.than.words()}" if asked.than else ""
+    along = f" along the {'ratio' if asked.along == 'ratio' else 'tokens'}" if asked.along else ""
+    words = f"{asked.of.words()}{than}{along}{', against dense scratch' * dense}"
+    return words if asked.of.methods else words[0].upper() + words[1:]
+
+
+def list_questions(
+    study: schema.StudyConfig, compared: Sequence[Any]
+) -> Iterator[tuple[schema.Contrast, str, bool, list[Any]]]:
+    """Every question in each of its settings, dense or not, with the comparisons of all its sides."""
+    for asked in study.compare:
+        sides = [asked.of, *([asked.than] if asked.than else [])]
+        for setting, dense in _settings(study, asked, compared):
+            own = [item for item in compared if _asked_in(item, setting, dense)]
+            every = asked.along == "tokens"
+            yield (
+                asked,
+                setting,
+                dense,
+                [
+                    item
+                    for item in own
+                    if any(selects(study, one, item.comparison, every_budget=every) for one in sides)
+                ],
+            )
 
 
 def _settings(study: schema.StudyConfig, asked: schema.Contrast, compared: Sequence[Any]) -> list[tuple[str, bool]]:

@@ -50,8 +50,7 @@ class Headline:
     @property
     def subject(self) -> str:
         """``Depth``; ``Sparse, against dense scratch``; ``Depth, both distilled``"""
-        against = against_words(sparse=self.sparse, dense=self.dense)
-        return self.granularity.capitalize() + against + ", both distilled" * (self.objective == "distill")
+        return subject(self.granularity, sparse=self.sparse, dense=self.dense, objective=self.objective)
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -156,6 +155,21 @@ class Headline:
         }
 
 
+def subject(kind: str, *, sparse: bool, dense: bool, objective: str) -> str:
+    """What a headline is about."""
+    return kind.capitalize() + against_words(sparse=sparse, dense=dense) + ", both distilled" * (objective == "distill")
+
+
+def group_comparisons(compared: Sequence[Any]) -> dict[tuple[str, str, bool, str], list[Any]]:
+    """All comparisons of the study by the headline that they are for: setting, granularity, dense, objective."""
+    groups: dict[tuple[str, str, bool, str], list[Any]] = {}
+    for item in compared:
+        made = item.comparison
+        dense = made.pruning.sparse and made.against == "dense"
+        groups.setdefault((made.setting, granularity(made.pruning), dense, made.objective), []).append(item)
+    return _sorted(groups)
+
+
 def conclude(
     found: Sequence[Verdict], compared: Sequence[Any], records: Mapping[str, Record], over_documents: Interval
 ) -> tuple[Headline, ...]:
@@ -169,8 +183,12 @@ def conclude(
     for verdict in found:
         kind = kinds[tuple(getattr(verdict, key) for key in SUBJECT)]
         groups.setdefault((verdict.setting, kind, verdict.dense, verdict.objective), []).append(verdict)
+    return tuple(_headline(key, own, compared, records, over_documents) for key, own in _sorted(groups).items())
+
+
+def _sorted[T](groups: Mapping[tuple[str, str, bool, str], T]) -> dict[tuple[str, str, bool, str], T]:
     order = sorted(groups, key=lambda key: (SETTINGS.index(key[0]), key[3] != "lm", _place(key[1]), not key[2]))
-    return tuple(_headline(key, groups[key], compared, records, over_documents) for key in order)
+    return {key: groups[key] for key in order}
 
 
 def _place(kind: str) -> tuple[int, ...]:

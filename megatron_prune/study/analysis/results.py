@@ -19,13 +19,22 @@ from megatron_prune import artifacts
 from megatron_prune.checkpoint.reader import open_checkpoint
 from megatron_prune.errors import AccountError
 from megatron_prune.study import custody, evidence, grid, match, pair, schema
-from megatron_prune.study.analysis import conclusions, contrasts, effects, headlines, measures, serving, sweep
+from megatron_prune.study.analysis import (
+    conclusions,
+    contrasts,
+    effects,
+    headlines,
+    measures,
+    serving,
+    sweep,
+)
 from megatron_prune.study.analysis.conclusions import Trend
 from megatron_prune.study.analysis.contrasts import ContrastResult
 from megatron_prune.study.analysis.effects import FourArms
 from megatron_prune.study.analysis.headlines import Headline
 from megatron_prune.study.analysis.measures import MeasureVerdict
 from megatron_prune.study.analysis.sweep import Sweep
+from megatron_prune.study.analysis.unfinished import Unfinished, find_unfinished
 from megatron_prune.study.analysis.verdicts import Verdict
 from megatron_prune.study.outlook import Outlook
 from megatron_prune.study.prunings import (
@@ -82,6 +91,8 @@ class Results:
     measured: tuple[MeasureVerdict, ...] = ()  # on further corpora, tasks and suites
     contrasts: tuple[ContrastResult, ...] = ()  # answers to study.yaml's ``compare``
     four_arms: tuple[FourArms, ...] = ()  # what the start and the teacher give, with several objectives
+    unfinished: tuple[Unfinished, ...] = ()  # what conclusions and questions are without
+    verified: Mapping[str, int] | None = None  # with --verify: how many files were read again, and how many changed
 
 
 def collect(places: Places, study: schema.StudyConfig | None = None) -> Results:
@@ -110,7 +121,7 @@ def collect(places: Places, study: schema.StudyConfig | None = None) -> Results:
         study, lay, _parent(study, records), records, compared, (*parents, *found),
         verdicts, tuple(conclusions.follow(compared, records)), sweeps, held.disbelieved, held.left_out,
         pair.words(matching.ran(records)), headlines.conclude(verdicts, compared, records, windows.interval),
-        measured, contrasted, taught,
+        measured, contrasted, taught, find_unfinished(study, compared),
     )  # fmt: skip
 
 
@@ -252,6 +263,13 @@ class _Matching:
         return self._accounts[path]
 
 
+def describe_unfinished(results: Results, subject: str, setting: str, *, question: bool = False) -> str | None:
+    """What a conclusion, or the answer to a question, is without, in words; None if nothing is missing."""
+    own = (one.words for one in results.unfinished
+           if (one.subject, one.setting, one.question) == (subject, setting, question))  # fmt: skip
+    return next(own, None)
+
+
 def to_json(results: Results) -> dict[str, Any]:
     """``results.json``: rows, verdicts, matches and seconds."""
     return {
@@ -262,8 +280,15 @@ def to_json(results: Results) -> dict[str, Any]:
         "one_parent": not results.study.parent_per_seed,
         "columns": list(COLUMNS),
         "rows": list(results.rows),
-        "conclusions": [headline.to_json() for headline in results.headlines],
-        "compare": [contrast.to_json() for contrast in results.contrasts],
+        "conclusions": [
+            headline.to_json() | {"unfinished": describe_unfinished(results, headline.subject, headline.setting)}
+            for headline in results.headlines
+        ],
+        "compare": [
+            contrast.to_json()
+            | {"unfinished": describe_unfinished(results, contrast.subject, contrast.setting, question=True)}
+            for contrast in results.contrasts
+        ],
         "teacher": [one.to_json() for one in results.four_arms],
         "measures": [measured.to_json() for measured in results.measured],
         "verdicts": [
@@ -275,6 +300,7 @@ def to_json(results: Results) -> dict[str, Any]:
             }
             for verdict in results.verdicts
         ],
+        "unfinished": [one.to_json() for one in results.unfinished],
         "trends": [trend.to_json() for trend in results.trends],
         "comparisons": [
             {
@@ -290,6 +316,7 @@ def to_json(results: Results) -> dict[str, Any]:
         ],
         "ran": results.ran,
         "disbelieved": list(results.disbelieved),
+        "verified": results.verified,
         "left_out": [
             {
                 "cell": one.cell,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import yaml
 from megatron_prune import artifacts
 from megatron_prune.study import grid, schema
 from megatron_prune.study.analysis import results
-from megatron_prune.study.analysis.contrasts import ContrastResult
 from megatron_prune.study.analysis.effects import ASKED, FourArms
 from megatron_prune.study.analysis.results import Results
 from megatron_prune.study.grid import label
@@ -127,16 +126,35 @@ TITLES = {
 
 
 def _headlines(found: Results) -> list[dict[str, Any]]:
-    """The conclusion: name, meaning and headlines of each setting."""
-    settings = dict.fromkeys(headline.setting for headline in found.headlines)
+    """The conclusion: name, meaning and headlines of each setting, with what each is without. Empty before anything is
+    finished."""
+    known = {one.setting for one in (*found.headlines, *(one for one in found.unfinished if not one.question))}
+    settings = [setting for setting in tables.SETTINGS if setting in known and found.headlines]
     return [
         {
             "setting": tables.SETTINGS[setting],
             "means": EXPLAINED[setting],
-            "lines": [headline for headline in found.headlines if headline.setting == setting],
+            "lines": [
+                *_with_conclusion(found, setting),
+                *_without_conclusion(found, setting),
+            ],
         }
         for setting in settings
     ]
+
+
+def _with_conclusion(found: Results, setting: str) -> Iterator[tuple[str, str, str, str, str | None]]:
+    for one in found.headlines:
+        if one.setting == setting:
+            missing = results.describe_unfinished(found, one.subject, setting)
+            yield one.subject, one.winner, one.claim, one.words, missing
+
+
+def _without_conclusion(found: Results, setting: str) -> Iterator[tuple[str, str, str, str, str]]:
+    known = {one.subject for one in found.headlines if one.setting == setting}
+    for one in found.unfinished:
+        if one.setting == setting and not one.question and one.subject not in known:
+            yield one.subject, "neither", "No conclusion", ".", one.words
 
 
 def _in_text(found: Results) -> list[Table]:
@@ -165,12 +183,15 @@ def _worth(one: FourArms) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _contrasts(found: Results) -> dict[str, list[ContrastResult]]:
-    """The answers to ``compare`` by setting."""
-    made = {
-        grid.setting_words(setting): [one for one in found.contrasts if one.setting == setting]
-        for setting in tables.SETTINGS
-    }
+def _contrasts(found: Results) -> dict[str, list[tuple[str, str, str, str | None]]]:
+    """The answers to ``compare`` by setting, with what each is without."""
+    made: dict[str, list[tuple[str, str, str, str | None]]] = {}
+    for setting in tables.SETTINGS:
+        own = [one for one in found.contrasts if one.setting == setting]
+        lacks = {one.subject: one.words for one in found.unfinished if one.question and one.setting == setting}
+        lines = made.setdefault(grid.setting_words(setting), [])
+        lines += [(one.subject, one.claim, one.words, lacks.pop(one.subject, None)) for one in own]
+        lines += [(subject, "No answer", ".", words) for subject, words in lacks.items()]
     return {setting: lines for setting, lines in made.items() if lines}
 
 
@@ -218,6 +239,8 @@ def _summary(found: Results) -> str:
 def _remarks(found: Results) -> list[str]:
     """Remarks on files and parent, on comparisons without a verdict, and on unexpected effects of study.yaml."""
     remarks = [f"Not believed: {said}." for said in found.disbelieved]
+    if found.verified is not None:
+        remarks.append(f"Read again, whole: {verified_words(found.verified)}.")
     if found.left_out:
         remarks.append(
             f"{len(found.left_out)} more finished in this folder and are not shown: the table “Not shown” has them, "
@@ -237,6 +260,12 @@ def _remarks(found: Results) -> list[str]:
         elif item.status == "pending" and pending <= MOST_PENDING:
             remarks.append(f"{name}: not finished.")
     return remarks
+
+
+def verified_words(read: Mapping[str, int]) -> str:
+    """``6 checkpoints, 2 masks, 4 corpora; 1 changed``"""
+    counts = ", ".join(f"{number} {name}" for name, number in read.items() if name != "changed")
+    return f"{counts}; {read['changed'] or 'none'} changed"
 
 
 def _stages(found: Results) -> list[str]:
