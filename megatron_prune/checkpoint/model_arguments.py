@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.checkpoint.layer_shapes import ENCODED, PATH
 from megatron_prune.errors import CheckpointError
 
 # Stored arguments that describe the model but that `--use-checkpoint-args` does not restore,
@@ -132,8 +133,6 @@ FREE = {
     "max_position_embeddings": "bounds the sequence; where it is the size of a weight, the weight's shape is compared",
     "apply_query_key_layer_scaling": "computes the same function in other steps",
     "vocab_size": "says which embeddings are words, where a checkpoint does not know; it must fit the embedding",
-    "heterogeneous_layers_config_path": "the shape of every layer's weights is compared",
-    "heterogeneous_layers_config_encoded_json": "the shape of every layer's weights is compared",
 }
 
 
@@ -157,6 +156,9 @@ def differing_value(stored: Mapping[str, Any], name: str, given: Any) -> Any:
         layers = stored.get("num_layers") or 0
         everywhere = [1 - BY_LAYER[name]] * layers  # as without a pattern
         same = (by_layer(name, value, layers) or everywhere) == (by_layer(name, given, layers) or everywhere)
+    elif name in (PATH, ENCODED):
+        value = "the layers that it stores" if stored.get(ENCODED) else None
+        same = value is not None and _layers(name, given) == _layers(ENCODED, stored[ENCODED])
     elif name == "num_query_groups" and not stored.get("group_query_attention"):
         same = given in (value, stored.get("num_attention_heads"))
     elif name == "use_rotary_position_embeddings":  # an earlier form of --position-embedding-type
@@ -168,6 +170,14 @@ def differing_value(stored: Mapping[str, Any], name: str, given: Any) -> Any:
     if same:
         return None
     return _ABSENT if value is None or value is False else value
+
+
+def _layers(name: str, given: str) -> Any:
+    """The configuration of layers in a file or a text; None if it cannot be read."""
+    try:
+        return json.loads(Path(given).read_text() if name == PATH else given)
+    except (OSError, ValueError):
+        return None
 
 
 def refuse_unrestored(stored: Mapping[str, Any], origin: str, effective: Mapping[str, Any] | None = None) -> None:

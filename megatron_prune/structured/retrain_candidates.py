@@ -8,8 +8,7 @@ before retraining, ordinary verbs run in sequence, in SCRATCH/<candidate>/:
     statistics.safetensors     ``calibrate`` on the windows of --statistics: its loss is the new score
 
 The scores are added to the statistics, and the same plan command then chooses. SCRATCH can be deleted afterwards.
-A training that ends with a loss that is not finite ranks last. Megatron's NaN check would stop it, and the verb with
-it: --no-check-for-nan-in-loss-and-grad lets it end.
+A training that diverged (its account says so) ranks last.
 
 Finished steps are not run again. For a cluster, ``--commands`` prints the commands instead; after they have run there,
 the verb collects their results.
@@ -23,6 +22,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_prune import artifacts, verbs
 from megatron_prune.checkpoint.reader import open_checkpoint
@@ -234,11 +234,11 @@ class _Trial:
         from megatron_prune.engine.launch import launch
 
         for name, argv, nproc, done in self.stages:
-            if done() or (name == "calibrate" and self._diverged):
+            if done() or (name != "apply" and self._diverged):
                 continue
             log = self.folder / f"{name}.log"
             code = launch(argv, nproc=nproc, log=log)
-            if not done():
+            if not (done() or self._diverged):
                 tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
                 raise RunError(f"{name} of {self.candidate.label} ended with {code}. The end of {log}:\n{tail}")
         account = read_account(self.retrained / "account.json")
@@ -250,19 +250,25 @@ class _Trial:
 
     @property
     def _diverged(self) -> bool:
-        """True if the training ended with a loss that is not finite: such a model has no statistics."""
-        return self._is_trained() and read_account(self.retrained / "account.json")["final_loss"] is None
+        """True if the training ended itself because numbers were not finite: such a model has no statistics."""
+        account = self._account()
+        return account is not None and "ended" in account["attempts"][-1]
 
     def _is_applied(self) -> bool:
         return self.pruned.is_dir() and open_checkpoint(self.pruned).pruning[-1].get("plan") == self.plan.hash
 
     def _is_trained(self) -> bool:
+        account = self._account()
+        return account is not None and account["complete"]
+
+    def _account(self) -> dict[str, Any] | None:
+        """The account of this training; None before it has begun."""
         path = self.retrained / "account.json"
         if not path.is_file():
-            return False
+            return None
         account = read_account(path)
-        wanted = (True, list(self.recipe.samples), self.recipe.tokens)
-        return (account["complete"], account["range"], account["tokens"]) == wanted
+        wanted = (list(self.recipe.samples), self.recipe.tokens)
+        return account if (account["range"], account["tokens"]) == wanted else None
 
     def _is_calibrated(self) -> bool:
         if not self.statistics.is_file():

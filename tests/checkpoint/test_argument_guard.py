@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_prune.checkpoint import model_arguments
+from megatron_prune.checkpoint.layer_shapes import ENCODED, PATH
 from megatron_prune.checkpoint.layout import OTHER_MODELS
 from megatron_prune.checkpoint.model_arguments import FREE, compared, known, of_the_function
 from megatron_prune.engine import from_checkpoint
@@ -75,6 +77,16 @@ def test_a_flag_of_the_function_agrees_with_the_checkpoint_or_is_refused():
             if own is not None:
                 from_checkpoint.refuse_contradictions({name: own}, parser, words, checkpoint)
     assert set(of_the_function()) == refused
+
+
+def test_layers_that_differ_are_compared_by_their_content(tmp_path):
+    layers = {"block_configs": [{"attention": {"no_op": True}}]}
+    (tmp_path / "same.json").write_text(json.dumps(layers, indent=4))
+    (tmp_path / "other.json").write_text(json.dumps({"block_configs": []}))
+    differing = functools.partial(model_arguments.differing_value, small.ARGS | {ENCODED: json.dumps(layers)})
+    assert differing(PATH, str(tmp_path / "same.json")) is None and differing(ENCODED, json.dumps(layers)) is None
+    for given in ("other.json", "absent.json"):
+        assert differing(PATH, str(tmp_path / given)) == "the layers that it stores"
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ def test_a_job_at_its_time_limit_saves_is_requeued_and_completes(job, tiny_corpu
     ("began", "at", "ends", "code", "says"),
     [
         ([], None, None, 1, "nothing was saved since step 0 (exit code 1): not requeued"),
-        ([], None, 30, 1, "went from step 0 to step 30 (exit code 1): requeued, to continue from step 30"),
+        ([], None, 30, 1, "went from step 0 to step 30 (exit code 1): to be requeued, to continue from step 30"),
         ([], 57, 21, 0, "went back from step 57 to step 21"),
         ([57], 21, 40, 1, "went back from step 57 to step 40"),  # across requeues
         ([57], 57, 57, 1, "nothing was saved since step 57"),

@@ -188,7 +188,7 @@ def test_a_training_that_fails_is_shown(files: Files) -> None:
 
 def test_a_training_that_diverges_is_a_score(files: Files) -> None:
     assert files.make(*SEARCH, *RETRAIN).returncode == EXIT_NEEDS_SCORES
-    wild = ["--lr", "1e30", "--clip-grad", 0, "--no-check-for-nan-in-loss-and-grad"]
+    wild = ["--lr", "1e30", "--clip-grad", 0]
     printed = files.retrain(pretrain=[*files.training(), *wild]).ok().output
     assert printed.count("before, not finite after") == 2
     scores = statistics_file.read(files.statistics).scores.values()
