@@ -11,6 +11,7 @@ from collections.abc import Iterator
 EXIT_REFUSED = 2
 EXIT_NEEDS_SCORES = 3  # `plan` has written its candidates; `calibrate --score` must run before it can choose
 EXIT_NOT_FINITE = 4  # a loss, a gradient or a weight of a training run is NaN or infinite
+EXIT_UNAVAILABLE = 5  # a store did not answer: the same command may succeed later
 
 
 class MegatronPruneError(Exception):
@@ -48,6 +49,8 @@ class MasksError(CheckpointError):
 
 class StorageError(MegatronPruneError):
     """An object store that failed to answer, so that its content is unknown."""
+
+    exit_code = EXIT_UNAVAILABLE
 
 
 class PlanError(MegatronPruneError):

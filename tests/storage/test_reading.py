@@ -111,7 +111,7 @@ def test_preflight(there, disk, tiny_corpus, tmp_path, capfd):
     asked += ["--model", str(flags)]
     silent = reasons("--pretrained-checkpoint", "msc://silent/x", "--save", disk("run"))
     assert silent["start"] == ("not checked", "--pretrained-checkpoint msc://silent/x is not on this machine")
-    assert run_verb([*asked, *words, "--save", "msc://silent/run"]) == 2
+    assert run_verb([*asked, *words, "--save", "msc://silent/run"]) == 5
     assert "msc://silent/run" in capfd.readouterr().err
     words.remove(MSC)
     assert run_verb([*asked, *words, "--save", disk("run")]) == 2

@@ -200,5 +200,5 @@ def test_hostile_checkpoints_there_start_nothing(reference, tiny_corpus, disk, t
 
 def test_a_store_that_does_not_answer_starts_nothing(configured, tiny_corpus, job):
     refused = job(["pretrain", *MODEL, *recipe(tiny_corpus, RANGE, "msc://silent/run"), "--enable-msc"])
-    assert refused.returncode == 2 and "Traceback" not in refused.output, refused.output[-3000:]
+    assert refused.returncode == 5 and "Traceback" not in refused.output, refused.output[-3000:]
     assert "msc://silent/run" in refused.output
