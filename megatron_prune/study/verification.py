@@ -59,8 +59,9 @@ def _of_cell(study: StudyConfig, places: Places, cell: str, read: Counter[str]) 
         yield f"its weights are not those that were evaluated (full_hash {then} then, {now} now)"
     folder = masks.find_masks(checkpoint.root)
     held = masks.open_masks(folder) if folder else None
-    if (now := held.hash if held else None) != (then := scores["masks"]):
-        yield f"its masks are not those that were evaluated ({then or 'none'} then, {now or 'none'} now)"
+    found, scored = held.hash if held else None, scores["masks"]
+    if found != scored:
+        yield f"its masks are not those that were evaluated ({scored or 'none'} then, {found or 'none'} now)"
     if held is not None:
         read["masks"] += 1
         with_weights.verify(held, checkpoint)

@@ -128,7 +128,8 @@ TITLES = {
 def _headlines(found: Results) -> list[dict[str, Any]]:
     """The conclusion: name, meaning and headlines of each setting, with what each is without. Empty before anything is
     finished."""
-    known = {one.setting for one in (*found.headlines, *(one for one in found.unfinished if not one.question))}
+    known = {one.setting for one in found.headlines}
+    known |= {one.setting for one in found.unfinished if not one.question}
     settings = [setting for setting in tables.SETTINGS if setting in known and found.headlines]
     return [
         {
