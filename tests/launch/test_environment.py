@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from megatron_prune.errors import UsageError
+from megatron_prune.errors import MegatronPruneError
 from tests.engine.test_fp8 import words
 from tests.launch.nodes import ROOT
 
@@ -51,7 +51,7 @@ def validated(argv: list[str], variables: dict[str, str]) -> str:
     installed.assume(installed.named("te,apex"))
     try:
         arguments.parse("pretrain", argv)
-    except (AssertionError, UsageError) as error:
+    except MegatronPruneError as error:
         return str(error)
     return "yes"
 

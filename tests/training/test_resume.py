@@ -62,7 +62,7 @@ def test_another_run_in_save_is_refused(whole, tiny_corpus, tiny_parent, tmp_pat
     for save, more, says in (
         (whole, ["--seed", 8], "a run with seed 7"),
         (whole, ["--stream-range", "16:72"], "a run with range [16, 64]"),
-        (whole, ["--ffn-hidden-size", 64], "a run with parameters"),
+        (whole, ["--ffn-hidden-size", 64], "--ffn-hidden-size: expected 96"),
         (whole, ["--pretrained-checkpoint", tiny_parent], "that run began with random weights"),
         (whole, ["--finetune"], "a run that began without it"),
         (whole, ["--no-load-optim"], "a run that began without it"),
