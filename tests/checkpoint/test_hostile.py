@@ -354,6 +354,7 @@ def test_odd_configs_are_refused(tiny_hf, tmp_path, key):
 )
 def test_odd_indices_are_refused(tiny_hf, tmp_path, index):
     shutil.copytree(tiny_hf("llama-gqa"), tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").unlink()  # beside it no index is read
     (tmp_path / "hf" / "model.safetensors.index.json").write_text(index)
     with pytest.raises(MegatronPruneError, match=r"model\.safetensors\.index\.json"):
         import_hf(tmp_path / "hf", tmp_path / "made")
