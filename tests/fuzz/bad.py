@@ -199,7 +199,7 @@ def _json_inputs() -> Iterator[Input]:
             yield Input(of, f"{name} for {file}", _writes(file, content))
 
 
-def _index(content: bytes) -> Attack:
+def _weight_index(content: bytes) -> Attack:
     """An index in place of the single file: beside it no index is read."""
 
     def attack(folder: Path) -> None:
@@ -555,9 +555,9 @@ HF: dict[str, Attack] = {
     "a header of 2^60 bytes": _writes("hf/model.safetensors", struct.pack("<Q", 1 << 60) + b"{}"),
     "3 GB of nothing for the weights": lambda folder: _sparse(folder / "hf/model.safetensors", 3 << 30),
     "a pipe for the weights": lambda folder: _pipe(folder / "hf/model.safetensors"),
-    "an index of a file outside": _index(b'{"weight_map": {"a": "../x.safetensors"}}'),
-    "a list for the index": _index(b"[]"),
-    "numbers in the index": _index(b'{"weight_map": {"a": 7}}'),
+    "an index of a file outside": _weight_index(b'{"weight_map": {"a": "../x.safetensors"}}'),
+    "a list for the index": _weight_index(b"[]"),
+    "numbers in the index": _weight_index(b'{"weight_map": {"a": 7}}'),
     "a link to a secret for the tokenizer": lambda folder: (
         (folder / "secret").write_text("{}"), (folder / "hf/tokenizer.json").symlink_to("../secret")
     ),
