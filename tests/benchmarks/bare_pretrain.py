@@ -9,6 +9,7 @@ need. One process, tensor and pipeline size 1.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,7 @@ def main(argv: list[str]) -> int:
     from megatron_prune.engine import cpu, patches
 
     cpu.prepare()
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it with tensor parallelism
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
